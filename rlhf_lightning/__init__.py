@@ -1,0 +1,1 @@
+"""Reinforcement learning from feedback for language models, on PyTorch Lightning."""

@@ -1,0 +1,156 @@
+"""Checkpoints that a crash cannot damage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+_PARTIAL = ".partial-"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, and renames, so that the old file stands until the new one does.
+
+    Lightning's own writer goes through ``$TMPDIR``; where that is another file system the last step
+    is a copy, and a kill in the middle of it destroys the previous checkpoint. Reading never
+    unpickles code, whatever the caller or the environment asks for.
+
+    Paths with a scheme (``s3://...``) are written by Lightning's own writer, and ``http(s)://`` is
+    never read.
+    """
+
+    def __init__(self) -> None:
+        self._swept: set[Path] = set()
+        self._checked = False
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``; the previous file survives every failure.
+
+        Raises:
+            OSError: naming the path and the space that is left, if the file cannot be written.
+            TypeError: if the checkpoint holds objects that could not be read back.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path).absolute()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._sweep(target.parent)
+            handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=target.parent)
+        except OSError as error:
+            raise _cannot_write(target, 0, error) from error
+        try:
+            self._write(checkpoint, handle, name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _write(self, checkpoint: dict[str, Any], handle: int, name: str, target: Path) -> None:
+        written = 0
+        try:
+            with os.fdopen(handle, "wb") as file:
+                try:
+                    torch.save(checkpoint, file)
+                finally:
+                    written = os.fstat(file.fileno()).st_size
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp makes the file private; a checkpoint gets the permissions that the umask gives
+            os.chmod(name, 0o666 & ~_umask())
+            self._check_readable(name, target)
+            os.replace(name, target)
+            _sync_directory(target.parent)
+        except (OSError, RuntimeError) as error:
+            # on a full disk torch reports a RuntimeError about an unexpected position
+            raise _cannot_write(target, written, error) from error
+
+    def _check_readable(self, name: str, target: Path) -> None:
+        """Once per run: what was written can be read back without unpickling code."""
+        if self._checked:
+            return
+        try:
+            torch.load(name, map_location="meta", weights_only=True)
+        except UnpicklingError as error:
+            raise TypeError(
+                f"{target}: this checkpoint could be written but never resumed, because it holds"
+                f" objects other than tensors and plain Python values ({_first_line(error)}). Keep"
+                " such objects out of save_hyperparameters() and state_dict()"
+            ) from error
+        self._checked = True
+
+    def _sweep(self, folder: Path) -> None:
+        """Remove what a killed run left half-written."""
+        if folder not in self._swept:
+            for leftover in folder.glob(f"{_PARTIAL}*"):
+                leftover.unlink(missing_ok=True)
+            self._swept.add(folder)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint: tensors and plain values only, whatever ``weights_only`` says.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, is no checkpoint, or holds code; or is a web address.
+        """
+        if str(path).startswith(("http://", "https://")):
+            raise ValueError(f"{path}: checkpoints are not read from the web. Download it first")
+        if "://" not in str(path) and not Path(path).exists():
+            raise FileNotFoundError(f"{path}: there is no such checkpoint")
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except UnpicklingError as error:
+            raise ValueError(
+                f"{path}: refused, because it is no checkpoint or holds more than tensors and plain"
+                f" values, which could run code when loaded ({_first_line(error)})"
+            ) from error
+        except (RuntimeError, EOFError, KeyError) as error:
+            raise ValueError(
+                f"{path}: this checkpoint is damaged or incomplete ({_first_line(error)})."
+                " Resume from an older one"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make the rename itself survive a power cut (no file system on Windows offers this)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _cannot_write(target: Path, written: int, error: BaseException) -> OSError:
+    folder = next(p for p in (target.parent, *target.parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    return OSError(
+        f"{target}: the checkpoint could not be written ({_first_line(error)}); {written:,} bytes"
+        f" were written and {free:,} bytes are free there. An earlier checkpoint of this name is"
+        " intact. Free some space, or point the checkpoint folder elsewhere"
+    )

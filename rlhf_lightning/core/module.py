@@ -1,0 +1,258 @@
+"""The base of every algorithm: a language model, its optimizer, and what a checkpoint must hold."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lightning.core.checkpoint import AtomicCheckpointIO
+from rlhf_lightning.core.config import as_config, as_primitives
+from rlhf_lightning.core.frozen import FrozenModels
+from rlhf_lightning.core.metrics import PhaseMetrics
+from rlhf_lightning.core.progress import RolloutProgress
+from rlhf_lightning.core.rng import RNGState
+from rlhf_lightning.models.loading import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf_lightning.models.policy import CausalPolicy
+
+_CHECKPOINT_KEY = "rlhf_lightning"
+
+
+class BaseModule(LightningModule):
+    """A LightningModule around one causal language model.
+
+    It loads the model late (in ``configure_model``), so that constructing it costs nothing and a
+    strategy can shard it; installs checkpoint writing that survives a crash; saves random state;
+    and refuses a checkpoint of another algorithm.
+
+    Args:
+        model: a hub name, a folder, a ``ModelConfig`` (or a mapping of its fields), or a model.
+        tokenizer: the tokenizer of a ``model`` that was given as an object.
+        optimizer: called with the named parameter groups.
+        lr_scheduler: called with the optimizer, and stepped after every optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | ModelConfig | Mapping[str, Any] | str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__()
+        self.model_config: ModelConfig | None = None
+        self._given_model: PreTrainedModel | None = None
+        if isinstance(model, PreTrainedModel):
+            self._given_model = model
+            if tokenizer is None:
+                raise ValueError(
+                    "model is a model object, so its tokenizer cannot be known: pass tokenizer too"
+                )
+        else:
+            config = ModelConfig(path=model) if isinstance(model, str) else model
+            self.model_config = as_config(ModelConfig, config, "model")
+        self._tokenizer = tokenizer
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self.policy: CausalPolicy | None = None
+        self.frozen = FrozenModels()
+        self.phase_metrics = PhaseMetrics()
+        self.evaluation_metrics = PhaseMetrics()
+
+    def save_options(self, **options: Any) -> None:
+        """Record constructor options with the checkpoint, as plain values only."""
+        config = {} if self.model_config is None else {"model": self.model_config}
+        self.save_hyperparameters(as_primitives({**config, **options}), logger=False)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            assert self.model_config is not None
+            self._tokenizer = load_tokenizer(self.model_config)
+        return self._tokenizer
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The trained model itself (available once the Trainer has called ``configure_model``)."""
+        if self.policy is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no model yet: the Trainer loads it in configure_model()"
+            )
+        return self.policy.model
+
+    # Lightning's hooks
+
+    def configure_model(self) -> None:
+        """Load the model (called by the Trainer before every fit, validate, test and predict)."""
+        if self.policy is not None:
+            return
+        if self._given_model is not None:
+            model = self._given_model.train()
+        else:
+            assert self.model_config is not None
+            model = load_causal_lm(self.model_config, self.tokenizer)
+        self.policy = CausalPolicy(model)
+        self.build_frozen_models()
+
+    def build_frozen_models(self) -> None:
+        """Put what is needed but never trained into ``self.frozen`` (before a resume loads weights)."""
+
+    def setup(self, stage: str) -> None:
+        """Check the Trainer's settings and install crash-safe checkpoint writing."""
+        trainer = self.trainer
+        both = trainer.max_steps != -1 and trainer.max_epochs not in (None, -1)
+        if stage == "fit" and both and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the Trainer has max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps}:"
+                " with both, a run that resumes at the end of an epoch skips the next one. Set one"
+            )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Random state belongs to every checkpoint; rollouts move the progress bar."""
+        return [RNGState(), RolloutProgress()]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer over named parameter groups; the schedule moves with optimizer steps."""
+        optimizer = self._optimizer(self.parameter_groups())
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},  # type: ignore[typeddict-item]
+        }
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trainable parameters, in groups that ``LearningRateMonitor`` shows by name."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(f"{type(self).__name__}: no parameter requires a gradient")
+        return [{"params": trainable, "name": "policy"}]
+
+    def on_fit_start(self) -> None:
+        """Bring the frozen models to the device."""
+        self.frozen.to(self.device)
+
+    shown_in_progress_bar: frozenset[str] = frozenset()
+    """Names of phase and evaluation metrics that the progress bar shows."""
+
+    def on_train_epoch_end(self) -> None:
+        """Log the phase's figures, once."""
+        self._log_means(self.phase_metrics)
+        self.phase_metrics.reset()
+
+    def _log_means(self, metrics: PhaseMetrics, prefix: str = "") -> None:
+        for name, value in metrics.compute().items():
+            shown = prefix + name in self.shown_in_progress_bar
+            self.log(prefix + name, value, on_epoch=True, prog_bar=shown, batch_size=1)
+
+    # Evaluation: validation and test count the same figures and log them under another prefix
+
+    def evaluation_step(self, batch: Any) -> None:
+        """Add a held-out batch to ``self.evaluation_metrics``."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self.evaluation_metrics.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count a held-out batch."""
+        self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the held-out set, under ``eval/``."""
+        self._log_means(self.evaluation_metrics, "eval/")
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting."""
+        self.evaluation_metrics.reset()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Count a held-out batch."""
+        self.evaluation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the held-out set, under ``test/``."""
+        self._log_means(self.evaluation_metrics, "test/")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mark the checkpoint with the algorithm and add the phase's figures so far."""
+        checkpoint[_CHECKPOINT_KEY] = {
+            "algorithm": type(self).__name__,
+            "phase_metrics": self.phase_metrics.gathered_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another algorithm; restore the phase's figures.
+
+        Raises:
+            ValueError: if the checkpoint was written by another algorithm.
+        """
+        saved = checkpoint.get(_CHECKPOINT_KEY)
+        mine = type(self).__name__
+        if saved is None or saved["algorithm"] != mine:
+            found = "another program" if saved is None else saved["algorithm"]
+            raise ValueError(
+                f"ckpt_path: this checkpoint was written by {found}, and {mine} cannot continue it."
+                " To start from its weights, export them (HFExport) and give the folder as model"
+            )
+        self.phase_metrics.load_gathered_state(saved["phase_metrics"])
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | os.PathLike[str] | IO,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Lightning's ``load_from_checkpoint``, which here never unpickles code and reads no URL."""
+        if str(checkpoint_path).startswith(("http://", "https://")):
+            raise ValueError(f"{checkpoint_path}: checkpoints are not read from the web")
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=True, **kwargs
+        )
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model and its tokenizer as a Hugging Face folder (safetensors).
+
+        The folder appears complete or not at all. Call it on rank 0.
+        """
+        save_pretrained_atomically(self.language_model, self.tokenizer, Path(folder))
+
+
+def save_pretrained_atomically(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """``save_pretrained`` into a temporary folder beside the target, then swap it in."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)
+        old = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+

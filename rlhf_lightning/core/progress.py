@@ -1,0 +1,67 @@
+"""Rollouts on the Trainer's progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+from rlhf_lightning.events import RolloutCallback
+from rlhf_lightning.types import RolloutBatch
+
+
+class RolloutProgress(RolloutCallback):
+    """Lends the training bar to the rollouts while they are collected.
+
+    Works with Lightning's two progress bars; with another one, or with none, it does nothing.
+    ``BaseModule`` attaches it by itself.
+    """
+
+    def __init__(self) -> None:
+        self._phase = 0
+        self._before: tuple[Any, Any, Any] | None = None
+
+    def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule, phase: int) -> None:
+        """Remember what the bar shows."""
+        self._phase = phase
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+            shown = bar.train_progress_bar
+            self._before = (shown.desc, shown.total, shown.n)
+        elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+            task = bar.progress.tasks[bar.train_progress_bar_id]
+            self._before = (task.description, task.total, task.completed)
+
+    def on_rollout_progress(
+        self, trainer: Trainer, pl_module: LightningModule, done: int, total: int
+    ) -> None:
+        """Move it."""
+        self._show(trainer, f"Phase {self._phase} rollouts", total, done)
+
+    def on_rollout_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: RolloutBatch,
+        samples: list[dict[str, Any]],
+        metrics: dict[str, float],
+    ) -> None:
+        """Give the bar back."""
+        if self._before is not None:
+            self._show(trainer, *self._before)
+        self._before = None
+
+    def _show(self, trainer: Trainer, description: str, total: Any, done: Any) -> None:
+        bar = trainer.progress_bar_callback
+        if self._before is None:
+            return
+        if isinstance(bar, TQDMProgressBar):
+            shown = bar.train_progress_bar
+            shown.desc, shown.total, shown.n = description, total, done
+            shown.refresh()
+        elif isinstance(bar, RichProgressBar):
+            bar.progress.update(
+                bar.train_progress_bar_id, description=description, total=total, completed=done
+            )
+            bar.refresh()

@@ -1,0 +1,62 @@
+"""Held-out prompts, answered and scored: what validation, test and predict iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.core.distributed import rank, world_size
+from rlhf_lightning.data.prompts import PromptSource
+from rlhf_lightning.types import RolloutBatch, SamplingParams
+
+
+@dataclass
+class ValidationConfig:
+    """Held-out prompts and how they are answered.
+
+    Args:
+        prompts: where the prompts come from.
+        sampling: how completions are drawn; by default one greedy completion as long as training's.
+        batch_size: prompts answered at a time, per process.
+    """
+
+    prompts: PromptSource
+    sampling: SamplingParams | None = None
+    batch_size: int = 64
+
+
+class AnswerLoader:
+    """Serves the held-out set in batches, the same number of them on every rank.
+
+    Where the prompts do not divide evenly, a rank repeats one to keep step with the others (sharded
+    models generate together) and marks it, so that nothing is counted twice.
+
+    Args:
+        prompts: how many held-out prompts there are.
+        batch_size: prompts answered at a time, per process.
+        answer: given places in the held-out set and ``[len(places)]`` which of them count, the batch.
+    """
+
+    def __init__(
+        self,
+        prompts: int,
+        batch_size: int,
+        answer: Callable[[Sequence[int], Tensor], RolloutBatch],
+    ) -> None:
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.answer = answer
+        self._share = -(-prompts // world_size())
+
+    def __len__(self) -> int:
+        return -(-self._share // self.batch_size)
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        mine = range(rank(), self._share * world_size(), world_size())
+        for start in range(0, len(mine), self.batch_size):
+            places = mine[start : start + self.batch_size]
+            counts = torch.tensor([place < self.prompts for place in places])
+            yield self.answer([place % self.prompts for place in places], counts)

@@ -1,0 +1,336 @@
+"""Conversations to token ids, by the tokenizer's chat template.
+
+What a model is trained on must be what it meets when it generates. So a turn of the assistant is
+found as the difference of two renderings: the conversation before it, with the prompt to generate,
+and the conversation up to its end. Both must be prefixes of the whole; a template that breaks that
+(by dropping earlier reasoning, for example) is refused by name. The pieces are encoded apart, so
+that a prompt's tokens are a prefix of the row's, whatever merges the tokenizer would make across
+the boundary. Templates that mark turns with ``{% generation %}`` are taken at their word.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.data.template_probe import probe_template
+from rlhf_lightning.data.tokens import encode_continuations, encode_texts, special_tokens
+
+Message = dict[str, Any]
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How rows become text, and what text is refused.
+
+    Args:
+        template: a Jinja chat template or the path of a file with one, instead of the tokenizer's.
+        template_kwargs: variables that the template reads, such as ``enable_thinking: false``. A
+            row's own column ``chat_template_kwargs`` goes before them.
+        special_tokens: what to do with a row whose text spells a special token of the tokenizer,
+            such as ``<|im_end|>`` inside a user's message, which would become the real control
+            token: ``"error"``; ``"drop"`` the row and count it; ``"allow"``, for rows that were
+            rendered beforehand and come from a trusted source.
+    """
+
+    template: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    special_tokens: Literal["error", "drop", "allow"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.special_tokens not in ("error", "drop", "allow"):
+            raise ValueError(
+                f"chat.special_tokens is {self.special_tokens!r}; it must be error, drop or allow"
+            )
+        check_template_kwargs(self.template_kwargs, "chat.template_kwargs")
+        if self.template is not None and "{" not in self.template:
+            path = Path(self.template)
+            if not path.is_file():
+                raise ValueError(f"chat.template: {path} is neither a Jinja template nor a file")
+            object.__setattr__(self, "template", path.read_text(encoding="utf-8"))
+
+
+def check_template_kwargs(kwargs: Any, where: str) -> dict[str, Any]:
+    """Refuse template variables that would change how the template is called, not what it reads."""
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"{where} is {type(kwargs).__name__}; it must be a mapping")
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    reserved = sorted(set(kwargs) & set(arguments))
+    if reserved:
+        raise ValueError(f"{where} holds {reserved}, which are set by the library; remove them")
+    return kwargs
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages of one row, checked.
+
+    Attributes:
+        messages: at least one, each with a role and text.
+        where: names the row in errors.
+        tools: JSON schemas of tools, handed to the template.
+        template_kwargs: the row's own template variables.
+    """
+
+    messages: list[Message]
+    where: str
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], messages: Any, where: str) -> Conversation:
+        """The conversation ``messages`` with the row's ``tools`` and ``chat_template_kwargs``.
+
+        Raises:
+            ValueError: a message lacks a role or text; the message says which.
+        """
+        tools = row.get("tools") or None
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools)
+            except ValueError as error:
+                raise ValueError(f"{where}: its column tools is not JSON ({error})") from error
+        if tools is not None and not isinstance(tools, list):
+            raise ValueError(f"{where}: its column tools must be a list of JSON schemas")
+        kwargs = row.get("chat_template_kwargs") or {}
+        check_template_kwargs(kwargs, f"{where}: its column chat_template_kwargs")
+        return cls(check_messages(messages, where), where, tools, kwargs)
+
+
+def check_messages(messages: Any, where: str) -> list[Message]:
+    """Messages without fields that are None (which Parquet files fill in), or an error.
+
+    Templates do not check: a missing role renders as nothing, ``None`` as nothing or as ``None``, a
+    list as Python source.
+
+    Args:
+        messages: a list of mappings with ``role`` and ``content``, both text. A message with
+            ``tool_calls`` may go without content.
+        where: names the row in errors.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: expected a list of messages, found {_kind(messages)}")
+    checked = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise ValueError(
+                f"{where}, message {number}: expected a mapping with role and content, found"
+                f" {_kind(message)}"
+            )
+        message = {key: value for key, value in message.items() if value is not None}
+        for key in ("role", "content"):
+            if key == "content" and key not in message and message.get("tool_calls"):
+                continue
+            if not isinstance(message.get(key), str):
+                raise ValueError(
+                    f"{where}, message {number}: {key} must be text, found"
+                    f" {_kind(message.get(key))}"
+                )
+        checked.append(message)
+    return checked
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list | dict | str) and not value:
+        return f"an empty {type(value).__name__}"
+    return "nothing" if value is None else type(value).__name__
+
+
+class EncodedSequence(NamedTuple):
+    """A training sequence.
+
+    Attributes:
+        input_ids: its tokens.
+        loss_mask: True on the tokens that count in the loss, as many as there are tokens.
+    """
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+class ChatRenderer:
+    """Renders conversations to text and encodes them, with the turns of the assistant marked.
+
+    Args:
+        tokenizer: its template is used unless the options give one.
+        options: the template and its variables.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> None:
+        self.tokenizer = tokenizer
+        self.options = options
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        self.name = f"the chat template of {name}" if options.template is None else "chat.template"
+        self.special_ids = frozenset(special_tokens(tokenizer).values())
+
+    def check(self, tools: list[Any] | None = None) -> None:
+        """Refuse a missing, broken, endless or bloated template before it meets a row.
+
+        It is rendered once in a child process, which is killed when it takes too long.
+        """
+        template = self.template(tools)
+        variables = {**self.tokenizer.special_tokens_map, **self.options.template_kwargs}
+        probe_template(template, json.dumps(variables, default=str), self.name)
+
+    def template(self, tools: list[Any] | None = None) -> str:
+        """The Jinja source that renders conversations with these tools."""
+        if self.options.template is None and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"the rows are conversations, but {self.tokenizer.name_or_path!r} has no chat"
+                " template: set chat.template, or use rows with plain text"
+            )
+        return self.tokenizer.get_chat_template(self.options.template, tools)
+
+    def render(self, chat: Conversation, stop: int | None = None, *, generate: bool = False) -> str:
+        """The text of ``chat.messages[:stop]``.
+
+        Args:
+            chat: the conversation.
+            stop: how many messages to take; None takes all.
+            generate: end where the assistant is to go on: after the prompt to generate, or inside
+                the last message if that is the assistant's.
+        """
+        messages = chat.messages[:stop]
+        goes_on = generate and messages[-1]["role"] == "assistant"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=chat.tools,
+                chat_template=self.options.template,
+                add_generation_prompt=generate and not goes_on,
+                continue_final_message=goes_on,
+                tokenize=False,
+                **{**self.options.template_kwargs, **chat.template_kwargs},
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise ValueError(f"{chat.where}: {self.name} failed: {error}") from error
+        return str(text)
+
+    def encode_training(
+        self, chats: Sequence[Conversation], first: Sequence[int]
+    ) -> list[EncodedSequence]:
+        """Encode whole conversations, with the assistant's turns in the loss mask.
+
+        A turn is trained from its first token to the special token that ends it, without the
+        whitespace that templates write behind that.
+
+        Args:
+            chats: the conversations.
+            first: for each, the index of the first message that may be trained; 0 for all.
+
+        Raises:
+            ValueError: a rendering is not a prefix of the whole, a turn has no stop token, or
+                nothing would be trained.
+        """
+        pairs = list(zip(chats, first, strict=True))
+        if chats and GENERATION_TAG.search(self.template(chats[0].tools)):
+            return [self._by_tags(chat, k) for chat, k in pairs]
+        rows = [self._pieces(chat, k) for chat, k in pairs]
+        heads = encode_texts(self.tokenizer, [row[0] for row in rows])
+        flat = encode_continuations(self.tokenizer, [piece for row in rows for piece in row[1:]])
+        rest = iter(flat)
+        return [
+            self._join(chat, head, [next(rest) for _ in row[1:]])
+            for chat, head, row in zip(chats, heads, rows, strict=True)
+        ]
+
+    def _pieces(self, chat: Conversation, first: int) -> list[str]:
+        """The text, cut where trained turns begin and end: untrained, trained, untrained, ..."""
+        whole = self.render(chat)
+        cuts = [0]
+        for k in _assistant_turns(chat, first):
+            for part in (self.render(chat, k, generate=True), self.render(chat, k + 1)):
+                self._check_prefix(part, whole, chat)
+                cuts.append(max(len(part), cuts[-1]))
+        return [whole[start:end] for start, end in pairwise([*cuts, len(whole)])]
+
+    def _join(self, chat: Conversation, head: list[int], rest: list[list[int]]) -> EncodedSequence:
+        self._check_bos(head, chat)
+        ids, loss_mask = list(head), [False] * len(head)
+        for number, piece in enumerate(rest):
+            trained = self._end_of_turn(piece, chat) if number % 2 == 0 else 0
+            ids += piece
+            loss_mask += [True] * trained + [False] * (len(piece) - trained)
+        return EncodedSequence(ids, loss_mask)
+
+    def _by_tags(self, chat: Conversation, first: int) -> EncodedSequence:
+        """The mask that the template's own ``{% generation %}`` tags give."""
+        _assistant_turns(chat, first)
+        encoded: Any = self.tokenizer.apply_chat_template(
+            chat.messages,
+            tools=chat.tools,
+            chat_template=self.options.template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{**self.options.template_kwargs, **chat.template_kwargs},
+        )
+        whole = list(encoded["input_ids"])
+        loss_mask = [bool(value) for value in encoded["assistant_masks"]]
+        self._check_bos(whole, chat)
+        if first > 0:
+            prompt = self.render(chat, first, generate=True)
+            self._check_prefix(prompt, self.render(chat), chat)
+            (head,) = encode_texts(self.tokenizer, [prompt])
+            loss_mask[: len(head)] = [False] * len(head)
+        if not any(loss_mask):
+            raise ValueError(f"{chat.where}: {self.name} marks no token of the assistant's turns")
+        last = max(i for i, trained in enumerate(loss_mask) if trained)
+        self._end_of_turn(whole[: last + 1], chat)
+        return EncodedSequence(whole, loss_mask)
+
+    def _check_bos(self, ids: list[int], chat: Conversation) -> None:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise ValueError(
+                f"{chat.where}: {self.name} begins with {self.tokenizer.bos_token!r} twice; write"
+                " it once"
+            )
+
+    def _check_prefix(self, part: str, whole: str, chat: Conversation) -> None:
+        if whole.startswith(part):
+            return
+        same = (a == b for a, b in zip(part, whole, strict=False))
+        n = next((i for i, equal in enumerate(same) if not equal), len(whole))
+        raise ValueError(
+            f"{chat.where}: {self.name} does not render the beginning of a conversation as a prefix"
+            f" of the whole. After {n} characters the beginning goes on with {part[n : n + 40]!r},"
+            f" the whole with {whole[n : n + 40]!r}: the model would be trained on something else"
+            " than it meets when it generates. Use a template that leaves earlier turns as they are"
+            " or marks turns with {% generation %} tags, or give rows as prompt and completion, so"
+            " that only the last turn is trained"
+        )
+
+    def _end_of_turn(self, ids: list[int], chat: Conversation) -> int:
+        """How many of a turn's tokens are the turn: up to its stop token, which is included."""
+        for end in range(len(ids), 0, -1):
+            if ids[end - 1] in self.special_ids:
+                return end
+            if str(self.tokenizer.decode([ids[end - 1]])).strip():
+                break
+        raise ValueError(
+            f"{chat.where}: {self.name} ends a trained turn with"
+            f" {self.tokenizer.decode(ids[-8:])!r}, in which no special token ends it: the model"
+            " would never learn to stop. Use a template that ends the assistant's turns with"
+            f" {self.tokenizer.eos_token!r} or another special token"
+        )
+
+
+def _assistant_turns(chat: Conversation, first: int) -> list[int]:
+    turns = [k for k, m in enumerate(chat.messages) if k >= first and m["role"] == "assistant"]
+    if not turns:
+        raise ValueError(f"{chat.where}: no message of the assistant, so nothing would be trained")
+    if turns[0] == 0:
+        raise ValueError(
+            f"{chat.where}: begins with the assistant's message; put what it answers before it"
+        )
+    return turns

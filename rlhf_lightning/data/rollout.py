@@ -1,0 +1,371 @@
+"""The data module of every on-policy algorithm: one epoch is one rollout phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.core.config import as_config
+from rlhf_lightning.core.distributed import rank, world_size
+from rlhf_lightning.core.modes import eval_mode
+from rlhf_lightning.core.seeding import derive_seed, permutation
+from rlhf_lightning.data.answers import AnswerLoader, ValidationConfig
+from rlhf_lightning.data.phase import Phase, PhaseConfig, plan_updates, step_denominators
+from rlhf_lightning.data.prompts import EncodedPrompt, PromptSource, encode_prompts
+from rlhf_lightning.data.resumable import ResumableDataModule
+from rlhf_lightning.events import dispatch
+from rlhf_lightning.models.loading import context_length
+from rlhf_lightning.rewards.combine import RewardCombiner, RewardPolicy
+from rlhf_lightning.rollout.collector import RolloutCollector, Rollouts
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.rollout.hf import HFEngine
+from rlhf_lightning.types import ExperienceMaker, RolloutBatch, SamplingParams
+
+
+@dataclass
+class PromptLimits:
+    """What happens to long prompts.
+
+    Args:
+        max_prompt_length: the longest prompt in tokens; by default what the model's context leaves
+            when the longest completion is taken off.
+        too_long: ``"error"``, or ``"drop"`` to leave such rows out (they are counted and reported).
+    """
+
+    max_prompt_length: int | None = None
+    too_long: str = "error"
+
+
+class RolloutDataModule(ResumableDataModule):
+    """Collects rollouts of the module that is trained, and serves them as micro-batches.
+
+    One Lightning epoch is one phase: new prompts, ``sampling.n`` completions each, rewards, the
+    module's ``make_experience``, then ``update_epochs x steps`` optimizer steps. Rollouts, position
+    and prompt order are part of the checkpoint. ``validate``, ``test`` and ``predict`` answer the
+    held-out prompts.
+
+    Args:
+        prompts: where the training prompts come from.
+        rewards: functions with TRL's reward signature, or their dotted import paths.
+        reward_weights: one a reward function; 1 by default.
+        sampling: how completions are drawn.
+        phase: the size of a phase.
+        engine: writes the completions; by default the trained model itself (``HFEngine``).
+        validation: held-out prompts; without it ``fit`` does not validate.
+        prompt_limits: what happens to long prompts.
+        reward_policy: what happens when a reward function fails.
+        tokenizer: by default the module's.
+        seed: prompt order, sampling and the order of updates follow from it.
+
+    Example::
+
+        data = RolloutDataModule(
+            prompts=ArithmeticPrompts(),
+            rewards=[MathReward()],
+            sampling=SamplingParams(n=8, max_new_tokens=8),
+        )
+        Trainer(max_epochs=100).fit(GRPOModule("./my-model"), data)
+    """
+
+    def __init__(
+        self,
+        prompts: PromptSource,
+        rewards: list[Callable | str],
+        reward_weights: list[float] | None = None,
+        sampling: SamplingParams | None = None,
+        phase: PhaseConfig | None = None,
+        engine: RolloutEngine | None = None,
+        validation: ValidationConfig | None = None,
+        prompt_limits: PromptLimits | None = None,
+        reward_policy: RewardPolicy | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.prompts = prompts
+        self.sampling = as_config(SamplingParams, sampling, "sampling")
+        self.phase = as_config(PhaseConfig, phase, "phase")
+        self.validation = validation
+        self.prompt_limits = as_config(PromptLimits, prompt_limits, "prompt_limits")
+        self.rewards = RewardCombiner(
+            rewards, reward_weights, as_config(RewardPolicy, reward_policy, "reward_policy")
+        )
+        self.engine = engine if engine is not None else HFEngine()
+        self.seed = seed
+        self._tokenizer = tokenizer
+        self._encoded: dict[str, list[EncodedPrompt]] = {}
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._running: Phase | None = None
+        self._bound: object | None = None
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature is 0: greedy completions cannot be learned from. Raise it"
+            )
+
+    @property
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError("RolloutDataModule works inside a Trainer: use trainer.fit(...)")
+        return self.trainer
+
+    @property
+    def _module(self) -> Any:
+        return self._trainer.lightning_module
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was given, or the module's."""
+        return self._tokenizer if self._tokenizer is not None else self._module.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Read the prompts and check everything that can be checked without a model.
+
+        Raises:
+            TypeError: if the module cannot make experience of rollouts.
+            ValueError: if the sizes do not divide, or rows lack what a reward function needs.
+        """
+        if stage == "fit":
+            self.reset_position()
+            self._running = None
+            if not isinstance(self._module, ExperienceMaker):
+                raise TypeError(
+                    f"{type(self._module).__name__} cannot be trained on rollouts: it has no"
+                    " make_experience() and loss_units(). Use an on-policy module (GRPOModule, ...)"
+                    " or another data module"
+                )
+            self._check_sizes()
+            self._rows["train"] = self._load_rows(self.prompts, "prompts")
+        if self.validation is not None:
+            self._rows["validation"] = self._load_rows(
+                self.validation.prompts, "validation.prompts"
+            )
+        elif stage in ("validate", "test", "predict"):
+            raise ValueError(f"validation: `{stage}` needs held-out prompts, and none are configured")
+
+    def _load_rows(self, source: PromptSource, name: str) -> list[dict[str, Any]]:
+        rows = source.load()
+        if not rows:
+            raise ValueError(f"{name}: the source has no rows")
+        self.rewards.check_rows(rows)
+        return rows
+
+    def _check_sizes(self) -> None:
+        trainer = self._trainer
+        accumulate = trainer.accumulate_grad_batches
+        self.phase.check(self.sampling.n, trainer.world_size, accumulate)
+        limit = trainer.limit_train_batches
+        served = limit if isinstance(limit, int) else int(self.micro_batches_per_epoch() * limit)
+        if served % accumulate and not trainer.fast_dev_run:
+            raise ValueError(
+                f"limit_train_batches leaves {served} micro-batches a phase, which is not a"
+                f" multiple of accumulate_grad_batches={accumulate}"
+            )
+
+    def micro_batches_per_epoch(self) -> int:
+        """Micro-batches in a phase: update epochs x steps x accumulation."""
+        return self.phase.update_epochs * self.phase.steps * self._trainer.accumulate_grad_batches
+
+    def _encode(self, kind: str, sampling: SamplingParams) -> list[EncodedPrompt]:
+        """The prompts as token ids, checked against the model's context. Done once."""
+        if kind not in self._encoded:
+            limits = self.prompt_limits
+            self._encoded[kind], counts = encode_prompts(
+                self._rows[kind],
+                self.tokenizer,
+                max_prompt_length=limits.max_prompt_length,
+                context_length=context_length(self._module.language_model),
+                max_new_tokens=sampling.max_new_tokens,
+                too_long=limits.too_long,
+            )
+            for name, count in counts.items():
+                if count:
+                    self._module.print(f"{kind} prompts: {count} of {len(self._rows[kind])} {name}")
+        return self._encoded[kind]
+
+    # Training: a phase
+
+    def train_dataloader(self) -> Any:
+        """One epoch of it is one rollout phase, collected when its first micro-batch is asked for."""
+        self._encode("train", self.sampling)
+        if self.validation is not None:
+            self._encode("validation", self._validation_sampling())
+        return super().train_dataloader()
+
+    def start_epoch(self, epoch: int) -> None:
+        """Collect the rollouts of phase ``epoch`` and plan its updates."""
+        trainer, module = self._trainer, self._module
+        started = time.perf_counter()
+        dispatch(trainer, "on_rollout_start", epoch)
+        with self._collecting():
+            rollouts = self._collect(epoch)
+            generated = time.perf_counter()
+            lengths = rollouts.batch.attention_mask.sum(dim=1)
+            plans = plan_updates(
+                self.phase, lengths, trainer.accumulate_grad_batches, self.seed, epoch
+            )
+            batch = module.make_experience(rollouts.batch, plans[0])
+        denominators = step_denominators(batch, plans, module.loss_units, module.device)
+        self._running = Phase(batch, plans, denominators)
+        self._report(epoch, rollouts, batch, (started, generated, time.perf_counter()))
+
+    @contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """No gradients, evaluation mode, and the precision in which training will run the model."""
+        precision: AbstractContextManager = self._trainer.precision_plugin.forward_context()
+        with torch.no_grad(), eval_mode(self._module), precision:
+            yield
+
+    def _collector(self, sampling: SamplingParams, version: int) -> RolloutCollector:
+        model = self._module.language_model
+        if self._bound is not model:
+            self.engine.bind(model, self.tokenizer)
+            self._bound = model
+        self.engine.update_weights(model.named_parameters(), version)
+        dispatch(self._trainer, "on_weights_updated", version)
+        return RolloutCollector(self.engine, self.tokenizer, self.rewards, sampling)
+
+    def _collect(self, phase: int) -> Rollouts:
+        trainer = self._trainer
+        prompts = self._encoded["train"]
+        positions = self._positions(phase)
+        chosen = [prompts[self._prompt_at(position)] for position in positions]
+        rollouts = self._collector(self.sampling, phase).collect(
+            [prompt.ids for prompt in chosen],
+            [prompt.row for prompt in chosen],
+            seeds=[derive_seed(self.seed, "sample", position) for position in positions],
+            version=phase,
+            trainer_state=trainer_state(trainer),
+            on_progress=lambda done, total: dispatch(trainer, "on_rollout_progress", done, total),
+        )
+        first = positions[0]
+        rollouts.batch.group_ids = rollouts.batch.group_ids + first
+        for i, sample in enumerate(rollouts.samples):
+            sample["phase"] = phase
+            sample["group"] += first
+            sample["id"] = f"{sample['group']}-{i % self.sampling.n}"
+        return rollouts
+
+    def _positions(self, phase: int) -> range:
+        """This rank's places in the endless stream of prompts."""
+        share = self.phase.prompts // world_size()
+        first = phase * self.phase.prompts + rank() * share
+        return range(first, first + share)
+
+    def _prompt_at(self, position: int) -> int:
+        """The stream is one random order of all prompts after another."""
+        prompts = len(self._encoded["train"])
+        lap, place = divmod(position, prompts)
+        if getattr(self, "_lap", None) != (lap, prompts):
+            self._lap = (lap, prompts)
+            self._order = permutation(prompts, self.seed, "prompts", lap).tolist()
+        return self._order[place]
+
+    def micro_batch(self, index: int) -> RolloutBatch:
+        """Micro-batch ``index`` of the running phase."""
+        assert self._running is not None
+        return self._running.micro_batch(index)
+
+    def _report(
+        self,
+        phase: int,
+        rollouts: Rollouts,
+        batch: RolloutBatch,
+        times: tuple[float, float, float],
+    ) -> None:
+        """Figures to the module's phase metrics, samples to the callbacks."""
+        started, generated, done = times
+        metrics = self._module.phase_metrics
+        means = {name: total / count for name, (total, count) in rollouts.metrics.items() if count}
+        for name, (total, count) in rollouts.metrics.items():
+            metrics.add(f"rollout/{name}", total, count)
+        lengths = batch.loss_mask.sum(dim=1)
+        for kind in ("min", "max"):
+            value = float(getattr(lengths, kind)())
+            metrics.extreme(f"rollout/completions/{kind}_length", value, kind)
+        for name, seconds in (("rollout", generated - started), ("experience", done - generated)):
+            metrics.add(f"time/{name}", seconds)
+            means[f"time/{name}"] = seconds
+        if batch.advantages is not None:
+            row_advantage = batch.advantages.gather(
+                1, batch.loss_mask.int().argmax(dim=1, keepdim=True)
+            )
+            for sample, advantage in zip(rollouts.samples, row_advantage[:, 0], strict=True):
+                sample["advantage"] = float(advantage)
+        dispatch(self._trainer, "on_rollout_end", batch, rollouts.samples, means)
+
+    # The checkpoint
+
+    def epoch_state(self) -> dict[str, Any]:
+        """The rollouts of the running phase and how they are cut."""
+        assert self._running is not None
+        return self._running.state()
+
+    def load_epoch_state(self, state: dict[str, Any]) -> None:
+        """Restore the rollouts of a phase."""
+        self._running = Phase.from_state(state)
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the engine and of reward workers."""
+        self._bound = None
+        self.engine.close()
+        self.rewards.close()
+
+    # Validation
+
+    def _validation_sampling(self) -> SamplingParams:
+        assert self.validation is not None
+        if self.validation.sampling is not None:
+            return self.validation.sampling
+        return SamplingParams(max_new_tokens=self.sampling.max_new_tokens, temperature=0.0)
+
+    def val_dataloader(self) -> Any:
+        """Answered held-out prompts."""
+        if self.validation is None:
+            return []
+        prompts = len(self._encode("validation", self._validation_sampling()))
+        return AnswerLoader(prompts, self.validation.batch_size, self._answer)
+
+    def test_dataloader(self) -> Any:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def _answer(self, places: Sequence[int], counts: Tensor) -> RolloutBatch:
+        sampling = self._validation_sampling()
+        prompts = [self._encode("validation", sampling)[i] for i in places]
+        with self._collecting():
+            rollouts = self._collector(sampling, self.epoch).collect(
+                [prompt.ids for prompt in prompts],
+                [prompt.row for prompt in prompts],
+                seeds=[derive_seed(self.seed, "validation", i) for i in places],
+                version=self.epoch,
+                trainer_state=trainer_state(self._trainer),
+            )
+        batch = rollouts.batch
+        batch.valid = counts.repeat_interleave(sampling.n)
+        batch.samples = rollouts.samples
+        return batch
+
+
+def trainer_state(trainer: Any) -> Any:
+    """What a reward function may know of the run, under the names that TRL's have."""
+    return SimpleNamespace(
+        global_step=trainer.global_step,
+        epoch=trainer.current_epoch,
+        max_steps=trainer.max_steps,
+        is_world_process_zero=trainer.is_global_zero,
+        num_train_epochs=trainer.max_epochs,
+    )
+
+

@@ -1,0 +1,158 @@
+"""Text to token ids: what is added, what continues what, and which text is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, with nothing added."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )
+    return encoded["input_ids"]
+
+
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[list[int]]:
+    r"""Token ids of texts that go on from other text, as a model would write them.
+
+    A completion is encoded apart from its prompt: encoded together, the last token of one may merge
+    with the first of the other into a token that the model, which is given the prompt's tokens,
+    cannot produce. Tokenizers that put a space before every text (SentencePiece's dummy prefix)
+    would put one here as well, so those encode the text behind a newline.
+    """
+    (newline, plain, behind) = encode_texts(tokenizer, ["\n", "a", "\na"])
+    if behind == newline + plain:
+        return encode_texts(tokenizer, texts)
+    n = len(newline)
+    anchored = encode_texts(tokenizer, ["\n" + text for text in texts])
+    return [
+        ids[n:] if ids[:n] == newline else encode_texts(tokenizer, [text])[0]
+        for ids, text in zip(anchored, texts, strict=True)
+    ]
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS that the tokenizer puts before plain text: one id, or none."""
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and whole[: 1 + len(plain)] == [bos, *plain] else []
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that begin a sequence: with one BOS where the tokenizer wants one.
+
+    A BOS that the text spells out at its beginning is that one. An EOS that the tokenizer would add
+    is left out, for a prompt does not end there.
+    """
+    spelled = tokenizer.bos_token or ""
+    added = bos_ids(tokenizer)
+    starts = [bool(spelled) and text.startswith(spelled) for text in texts]
+    bodies = [
+        text.removeprefix(spelled) if start else text
+        for text, start in zip(texts, starts, strict=True)
+    ]
+    return [
+        ([tokenizer.bos_token_id] if start else added) + ids
+        for ids, start in zip(encode_texts(tokenizer, bodies), starts, strict=True)
+    ]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokenizer's control tokens and their ids (added tokens like ``<think>`` are none)."""
+    known = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    added = tokenizer.added_tokens_decoder.items()
+    return known | {token.content: i for i, token in added if token.special}
+
+
+class SpecialTokenText:
+    """Finds text that the tokenizer would turn into control tokens.
+
+    Args:
+        tokenizer: whose control tokens are looked for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._spelled_bos = tokenizer.bos_token or ""
+        self._spelled_eos = tokenizer.eos_token or ""
+        longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def find(self, value: Any) -> str | None:
+        """The first control token spelled anywhere in a string or a nest of lists and mappings."""
+        for text in _strings(value):
+            found = self._pattern.search(text)
+            if found:
+                return found.group()
+        return None
+
+    def find_in_document(self, text: str) -> str | None:
+        """As :meth:`find`, for a plain text, which may begin with BOS and end with EOS."""
+        return self.find(text.removeprefix(self._spelled_bos).removesuffix(self._spelled_eos))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.items():
+            yield from _strings(list(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def check_text(text: Any, where: str) -> str:
+    """Refuse what is not text, or holds half a character, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be text, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half a character (a lone surrogate) at position {error.start}; remove"
+            " the row or the character"
+        ) from error
+    return text
+
+
+@dataclass
+class EncodingCounts:
+    """What became of the rows.
+
+    Attributes:
+        rows: how many came in.
+        kept: how many are encoded.
+        truncated: kept, but cut to the length limit.
+        too_long: dropped because they are longer than the limit.
+        untrained: dropped because nothing that is trained is left of them within the limit.
+        special_tokens: dropped because their text spells a control token.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    too_long: int = 0
+    untrained: int = 0
+    special_tokens: int = 0
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = [f"{n} {name}" for name, n in values.items() if n or name in ("rows", "kept")]
+        return ", ".join(shown)
+
+
+def name_rows(numbers: Sequence[int]) -> str:
+    """``"row 3"`` or ``"rows 3, 5, 9, ..."``, for errors; rows count from 1."""
+    shown = ", ".join(map(str, numbers[:5]))
+    return f"row{'s' * (len(numbers) > 1)} {shown}{', ...' * (len(numbers) > 5)}"

@@ -1,0 +1,56 @@
+"""Losses and their parts as pure functions of tensors: no state, no logging, no configuration.
+
+Every ``[B, T]`` tensor is aligned with ``input_ids``: position ``t`` speaks about token ``t`` given
+the tokens before it, so position 0 never counts. ``loss_mask`` is True where a token counts; masked
+positions contribute exactly 0 to values and gradients, whatever they hold.
+
+Losses are per token; :func:`aggregate_loss` reduces them, by the denominator of the whole optimizer
+step. A GRPO loss reads::
+
+    logprobs, entropy = token_logprobs(hidden, head_weight, input_ids, loss_mask)
+    policy = clipped_policy_loss(logprobs, old_logprobs, advantages, loss_mask)
+    kl = kl_estimate(logprobs, ref_logprobs, "k3", loss_mask)
+    loss = aggregate_loss(policy.loss + beta * kl, loss_mask, denominator)
+"""
+
+from rlhf_lightning.functional.advantages import (
+    AdvantageScale,
+    Baseline,
+    GroupStatistics,
+    group_advantages,
+    group_statistics,
+)
+from rlhf_lightning.functional.kl import KLEstimator, kl_estimate
+from rlhf_lightning.functional.logprobs import logprobs_from_logits, token_logprobs
+from rlhf_lightning.functional.policy_loss import (
+    PolicyLossOutput,
+    RatioLevel,
+    clipped_policy_loss,
+)
+from rlhf_lightning.functional.reductions import (
+    Aggregation,
+    aggregate_loss,
+    loss_units,
+    masked_mean,
+    masked_sum,
+)
+
+__all__ = [
+    "AdvantageScale",
+    "Aggregation",
+    "Baseline",
+    "GroupStatistics",
+    "KLEstimator",
+    "PolicyLossOutput",
+    "RatioLevel",
+    "aggregate_loss",
+    "clipped_policy_loss",
+    "group_advantages",
+    "group_statistics",
+    "kl_estimate",
+    "logprobs_from_logits",
+    "loss_units",
+    "masked_mean",
+    "masked_sum",
+    "token_logprobs",
+]

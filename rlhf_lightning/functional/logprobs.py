@@ -1,0 +1,342 @@
+"""Log-probabilities of tokens, and entropies, without holding ``[B, T, V]`` of anything.
+
+Notation: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N`` tokens that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from rlhf_lightning.functional._checks import check_aligned, check_shape
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    head_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token that counts, from the hidden states before the output head.
+
+    ``logprobs[b, t] = log_softmax(z / temperature)[input_ids[b, t]]`` with
+    ``z = softcap · tanh(logit_scale (W hidden[b, t-1] + bias) / softcap)``: hidden state ``t - 1``
+    predicts token ``t``.
+
+    Only tokens that count go through the head, ``chunk_size`` at a time; the logits of a chunk are
+    dropped and computed again in the backward pass, unless a single chunk holds them all. The
+    gradient of a head in half precision is summed over chunks in float32. Under autocast the head
+    runs in the precision that ``torch.nn.Linear`` would.
+
+    Args:
+        hidden: ``[B, T, H]``, last hidden states of the backbone.
+        head_weight: ``[V, H]``, weight of the output head.
+        input_ids: ``[B, T]`` int64.
+        loss_mask: ``[B, T]`` bool, True where the token counts; position 0 never does.
+        head_bias: ``[V]``, bias of the output head.
+        temperature: divides the logits; greater than 0.
+        logit_scale: multiplies the logits (Cohere, Granite).
+        softcap: bounds the logits to ``(-softcap, softcap)`` (Gemma 2,
+            https://arxiv.org/abs/2408.00118).
+        chunk_size: tokens whose logits are held at once; by default as many as fit into 64 MiB.
+        with_entropy: also return the entropy of the distribution that each token was drawn from.
+
+    Returns:
+        Log-probabilities ``[B, T]`` and entropies ``[B, T]`` (None unless asked for): float32, or
+        float64 for float64 hidden states; 0 where masked; differentiable once. They are connected
+        to the graph of ``hidden`` and ``head_weight`` also where no token counts, as DDP needs.
+
+    Raises:
+        TypeError: if ``loss_mask`` is not bool.
+        ValueError: if shapes do not fit, or an option is out of its range.
+
+    Example:
+        >>> hidden, head_weight = torch.zeros(1, 3, 2), torch.zeros(4, 2)
+        >>> input_ids, loss_mask = torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])
+        >>> token_logprobs(hidden, head_weight, input_ids, loss_mask, with_entropy=True)
+        (tensor([[ 0.0000,  0.0000, -1.3863]]), tensor([[0.0000, 0.0000, 1.3863]]))
+    """
+    check_aligned(loss_mask, input_ids=input_ids)
+    check_shape("hidden", hidden, "[B, T, H]", *loss_mask.shape, None)
+    check_shape("head_weight", head_weight, "[V, H]", None, hidden.shape[-1])
+    if head_bias is not None:
+        check_shape("head_bias", head_bias, "[V]", len(head_weight))
+    _check_options(temperature, softcap, chunk_size)
+
+    tokens = _loss_tokens(loss_mask)
+    if chunk_size is None:
+        row_bytes = len(head_weight) * _result_dtype(hidden.dtype).itemsize
+        chunk_size = max(1, _CHUNK_BYTES // row_bytes)
+    head = _Head(_linear_dtype(hidden), logit_scale, softcap, temperature, chunk_size, with_entropy)
+    logprobs, entropy = _HeadLogprobs.apply(
+        hidden.flatten(0, 1).index_select(0, tokens - 1),
+        head_weight,
+        head_bias,
+        input_ids.flatten().index_select(0, tokens),
+        head,
+    )
+    return (
+        _scatter(logprobs, tokens, loss_mask),
+        _scatter(entropy, tokens, loss_mask) if with_entropy else None,
+    )
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token that counts, from full logits.
+
+    For models whose output head is more than the linear map of :func:`token_logprobs`.
+
+    Args:
+        logits: ``[B, T, V]``; position ``t - 1`` predicts token ``t``.
+        input_ids: ``[B, T]`` int64.
+        loss_mask: ``[B, T]`` bool, True where the token counts; position 0 never does.
+        temperature: divides the logits; greater than 0.
+        with_entropy: also return the entropy of the distribution that each token was drawn from.
+
+    Returns:
+        Log-probabilities and entropies as :func:`token_logprobs` returns them.
+
+    Raises:
+        TypeError: if ``loss_mask`` is not bool.
+        ValueError: if shapes do not fit, or the temperature is not positive.
+
+    Example:
+        >>> logits, input_ids = torch.zeros(1, 2, 4), torch.tensor([[1, 2]])
+        >>> logprobs_from_logits(logits, input_ids, torch.tensor([[False, True]]))[0]
+        tensor([[ 0.0000, -1.3863]])
+    """
+    check_aligned(loss_mask, input_ids=input_ids)
+    check_shape("logits", logits, "[B, T, V]", *loss_mask.shape, None)
+    _check_options(temperature)
+    tokens = _loss_tokens(loss_mask)
+    selected = logits.flatten(0, 1).index_select(0, tokens - 1)
+    selected = selected.to(_result_dtype(logits.dtype)) / temperature
+    log_softmax = selected.log_softmax(dim=-1)
+    logprobs = _gather(log_softmax, input_ids.flatten().index_select(0, tokens))
+    return (
+        _scatter(logprobs, tokens, loss_mask),
+        _scatter(_entropy(log_softmax), tokens, loss_mask) if with_entropy else None,
+    )
+
+
+class _Head(NamedTuple):
+    """How hidden states become the logits of the sampling distribution, a chunk at a time."""
+
+    dtype: torch.dtype
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    chunk_size: int
+    with_entropy: bool
+
+    def cast(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The parameters in the precision of the matrix product."""
+        return weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[C, V]`` logits, in the precision of the result."""
+        logits = F.linear(hidden, weight, bias).to(_result_dtype(self.dtype))
+        if self.logit_scale != 1:
+            logits *= self.logit_scale
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1:
+            logits /= self.temperature
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the logits with respect to the linear map's output."""
+        slope = self.logit_scale / self.temperature
+        if self.softcap is None:
+            return slope
+        capped = logits * (self.temperature / self.softcap)
+        return capped.square_().neg_().add_(1).mul_(slope)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """``[N, H]`` hidden states to ``[N]`` log-probabilities and entropies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.head = head
+        # The slope of a softcap needs the logits again, so there is nothing to gain by keeping one.
+        keep = len(hidden) <= head.chunk_size and head.softcap is None
+        kept = None
+        logprobs = hidden.new_empty(len(hidden), dtype=_result_dtype(head.dtype))
+        log_partition = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs) if head.with_entropy else None
+        with _no_autocast(hidden):
+            cast_weight, cast_bias = head.cast(weight, bias)
+            for rows in _chunks(len(hidden), head.chunk_size):
+                logits = head.logits(hidden[rows].to(head.dtype), cast_weight, cast_bias)
+                log_p = logits.log_softmax(dim=-1)
+                logprobs[rows] = _gather(log_p, targets[rows])
+                log_partition[rows] = _gather(logits, targets[rows]) - logprobs[rows]
+                if entropy is not None:
+                    entropy[rows] = _entropy(log_p)
+                kept = log_p if keep else None
+        ctx.save_for_backward(hidden, weight, bias, targets, log_partition, entropy, kept)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_partition, entropy, kept = ctx.saved_tensors
+        head: _Head = ctx.head
+        if grad_logprobs is None:  # only the entropy is used
+            grad_logprobs = torch.zeros_like(log_partition)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Sums over several chunks in half precision would lose what the later ones add.
+        total_dtype = head.dtype if kept is not None else _result_dtype(head.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=total_dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=total_dtype) if needs_bias else None
+        with _no_autocast(hidden):
+            cast_weight, cast_bias = head.cast(weight, bias)
+            for rows in _chunks(len(hidden), head.chunk_size):
+                inputs = hidden[rows].to(head.dtype)
+                slope: Tensor | float = head.logit_scale / head.temperature
+                if kept is None:
+                    logits = head.logits(inputs, cast_weight, cast_bias)
+                    slope = head.slope(logits)
+                    log_p = logits.sub_(log_partition[rows, None])
+                else:
+                    log_p = kept
+                grad = _grad_logits(
+                    log_p,
+                    targets[rows],
+                    grad_logprobs[rows],
+                    None if grad_entropy is None else (grad_entropy[rows], entropy[rows]),
+                )
+                grad = grad.mul_(slope).to(head.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = (grad @ cast_weight).to(hidden.dtype)
+                if grad_weight is not None:
+                    _add_product(grad_weight, grad.t(), inputs)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _grad_logits(
+    log_p: Tensor,
+    targets: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """``[C, V]`` gradient with respect to the logits.
+
+    ``d log p_y / dz = 1_y - p`` and ``dH / dz = -p (log p + H)``.
+    """
+    grad = log_p.exp()
+    if grad_entropy is None:
+        grad *= -grad_logprobs[:, None]
+    else:
+        upstream, entropy = grad_entropy
+        factor = _finite(log_p) + entropy[:, None]
+        grad *= factor.mul_(-upstream[:, None]).sub_(grad_logprobs[:, None])
+    return grad.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    """``-Σ p log p`` over the last dimension, in which a token of probability 0 adds 0."""
+    return -(log_p.exp() * _finite(log_p)).sum(dim=-1)
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min)
+
+
+def _gather(values: Tensor, targets: Tensor) -> Tensor:
+    return values.gather(-1, targets[:, None]).squeeze(-1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is good enough for a matrix product, not for a log-probability."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _linear_dtype(hidden: Tensor) -> torch.dtype:
+    """The precision in which ``torch.nn.Linear`` would multiply: autocast leaves float64 alone."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _no_autocast(hidden: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def _loss_tokens(loss_mask: Tensor) -> Tensor:
+    """``[N]`` positions, in the flattened batch, of the tokens that count."""
+    positions = torch.arange(loss_mask.numel(), device=loss_mask.device).view_as(loss_mask)
+    return positions[:, 1:][loss_mask[:, 1:]]
+
+
+def _scatter(values: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
+    """``[B, T]`` with the values of the tokens that count, and 0 elsewhere."""
+    return values.new_zeros(loss_mask.numel()).index_copy(0, tokens, values).view_as(loss_mask)
+
+
+def _check_options(
+    temperature: float, softcap: float | None = None, chunk_size: int | None = None
+) -> None:
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature is {temperature}; it must be greater than 0. Log-probabilities of greedy"
+            " decoding are those of temperature 1"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}; it must be greater than 0, or None for no bound")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None to choose it")

@@ -1,0 +1,1 @@
+"""Scores of completions: verifiable answers, formats, and their weighted sum."""

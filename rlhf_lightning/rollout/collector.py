@@ -1,0 +1,220 @@
+"""From prompts to scored completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.rewards.combine import RewardCombiner, ScoredRewards, total_rewards
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.types import Completion, ProgressFn, RolloutBatch, SamplingParams, Verdict
+
+
+@dataclass
+class Rollouts:
+    """One call's completions, three ways.
+
+    Attributes:
+        batch: tensors to train on.
+        samples: one record a completion, in the batch's row order, of plain values.
+        metrics: ``name -> (sum, count)``, to be averaged over the phase.
+    """
+
+    batch: RolloutBatch
+    samples: list[dict[str, Any]]
+    metrics: dict[str, tuple[float, float]]
+
+
+class RolloutCollector:
+    """Generates completions, scores them, and lays both out as a ``RolloutBatch``.
+
+    Args:
+        engine: writes the completions.
+        tokenizer: reads them.
+        rewards: scores them.
+        sampling: how they are drawn; ``sampling.n`` completions a prompt form a group.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: RewardCombiner,
+        sampling: SamplingParams,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.rewards = rewards
+        self.sampling = sampling
+
+    def collect(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        seeds: Sequence[int],
+        version: int,
+        trainer_state: Any = None,
+        on_progress: ProgressFn | None = None,
+    ) -> Rollouts:
+        """Completions of the prompts, scored.
+
+        Args:
+            prompt_ids: token ids of each prompt.
+            rows: the data row of each prompt: ``prompt`` and the columns that rewards ask for.
+            seeds: one a prompt; a prompt's completions depend on its seed and the weights alone.
+            version: the phase whose weights the engine holds.
+            trainer_state: passed to the reward functions.
+            on_progress: called as completions finish.
+        """
+        groups = self.engine.generate(
+            prompt_ids, self.sampling, seeds=seeds, on_progress=on_progress
+        )
+        completions = [completion for group in groups for completion in group]
+        owners = [i for i, group in enumerate(groups) for _ in group]
+        texts = self.tokenizer.batch_decode(
+            [completion.token_ids for completion in completions], skip_special_tokens=True
+        )
+        scored = self._score(completions, [rows[i] for i in owners], texts, trainer_state)
+        batch = self._batch(completions, owners, scored, version)
+        samples = self._samples(completions, owners, rows, texts, scored)
+        return Rollouts(batch, samples, self._metrics(batch, completions, scored))
+
+    def _score(
+        self,
+        completions: list[Completion],
+        rows: list[Mapping[str, Any]],
+        texts: list[str],
+        trainer_state: Any,
+    ) -> ScoredRewards:
+        prompts = [row["prompt"] for row in rows]
+        said: list[Any] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        names = [name for name in rows[0] if name not in ("prompt", "completion")]
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        ids = [completion.token_ids for completion in completions]
+        return self.rewards.score(prompts, said, ids, columns, trainer_state)
+
+    def _batch(
+        self,
+        completions: list[Completion],
+        owners: list[int],
+        scored: ScoredRewards,
+        version: int,
+    ) -> RolloutBatch:
+        rows, length = len(completions), 1
+        for completion in completions:
+            length = max(length, len(completion.prompt_ids) + len(completion.token_ids))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.full((rows, length), 0 if pad is None else int(pad), dtype=torch.long)
+        attention_mask = torch.zeros(rows, length, dtype=torch.long)
+        loss_mask = torch.zeros(rows, length, dtype=torch.bool)
+        rollout_logprobs = torch.zeros(rows, length)
+        for i, completion in enumerate(completions):
+            start = len(completion.prompt_ids)
+            end = start + len(completion.token_ids)
+            input_ids[i, :end] = torch.tensor(completion.prompt_ids + completion.token_ids)
+            attention_mask[i, :end] = 1
+            loss_mask[i, start:end] = True
+            rollout_logprobs[i, start:end] = torch.tensor(completion.logprobs)
+        return RolloutBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            loss_mask=loss_mask,
+            rollout_logprobs=rollout_logprobs,
+            rewards=scored.values,
+            reward_valid=scored.valid,
+            verdicts=scored.verdicts,
+            group_ids=torch.tensor(owners),
+            truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
+            reward_names=tuple(scored.names),
+            reward_weights=tuple(self.rewards.weights),
+            temperature=self.sampling.temperature or 1.0,
+            policy_version=version,
+        )
+
+    def _samples(
+        self,
+        completions: list[Completion],
+        owners: list[int],
+        rows: Sequence[Mapping[str, Any]],
+        texts: list[str],
+        scored: ScoredRewards,
+    ) -> list[dict[str, Any]]:
+        totals, any_valid = total_rewards(scored.values, scored.valid, self.rewards.weights)
+        verdicts = list(Verdict)
+        samples = []
+        for i, (completion, owner) in enumerate(zip(completions, owners, strict=True)):
+            found = scored.verdicts[i].tolist()
+            samples.append(
+                {
+                    "prompt": rows[owner]["prompt"],
+                    "completion": texts[i],
+                    "completion_length": len(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                    "group": owner,
+                    "reward": float(totals[i]) if any_valid[i] else None,
+                    "rewards": {
+                        name: float(scored.values[i, r]) if scored.valid[i, r] else None
+                        for r, name in enumerate(scored.names)
+                    },
+                    "verdicts": {
+                        name: verdicts[found[r]].value
+                        for r, name in enumerate(scored.names)
+                        if found[r] >= 0
+                    },
+                    "details": scored.details[i],
+                    "columns": {k: v for k, v in rows[owner].items() if k != "prompt"},
+                }
+            )
+        return samples
+
+    def _metrics(
+        self, batch: RolloutBatch, completions: list[Completion], scored: ScoredRewards
+    ) -> dict[str, tuple[float, float]]:
+        lengths = [float(len(completion.token_ids)) for completion in completions]
+        ended = [
+            length
+            for length, completion in zip(lengths, completions, strict=True)
+            if completion.finish_reason != "length"
+        ]
+        metrics = {
+            "completions/mean_length": (sum(lengths), float(len(lengths))),
+            "completions/mean_terminated_length": (sum(ended), float(len(ended))),
+            "completions/clipped_ratio": (float(len(lengths) - len(ended)), float(len(lengths))),
+            **reward_metrics(batch),
+        }
+        for name, value in scored.metrics.items():
+            metrics[name] = (value * len(lengths), float(len(lengths)))
+        return metrics
+
+
+def reward_metrics(batch: RolloutBatch) -> dict[str, tuple[float, float]]:
+    """``name -> (sum, count)`` of a batch's rewards; rows without a score are left out.
+
+    ``accuracy`` is the share of correct verdicts among the rows that some function judged.
+    """
+    keep = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
+    total, any_valid = total_rewards(batch.rewards, batch.reward_valid, batch.reward_weights)
+    any_valid = any_valid & keep
+    metrics = {"reward": (float(total[any_valid].sum()), float(any_valid.sum()))}
+    for r, name in enumerate(batch.reward_names):
+        valid = batch.reward_valid[:, r] & keep
+        metrics[f"rewards/{name}/mean"] = (float(batch.rewards[valid, r].sum()), float(valid.sum()))
+        metrics[f"rewards/{name}/missing"] = (float((keep & ~valid).sum()), float(keep.sum()))
+    judged = batch.reward_valid & (batch.verdicts >= 0) & keep[:, None]
+    if judged.any():
+        correct = judged & (batch.verdicts == Verdict.CORRECT.index)
+        metrics["accuracy"] = (_rows(correct), _rows(judged))
+    return metrics
+
+
+def _rows(mask: Tensor) -> float:
+    return float(mask.any(dim=1).sum())
