@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,10 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.algorithms._policy_gradient import PolicyGradientModule
 from rlhf_lightning.core.config import as_config
+from rlhf_lightning.core.distributed import gather_objects
 from rlhf_lightning.functional import (
     aggregate_loss,
     clipped_policy_loss,
     group_advantages,
+    group_statistics,
     kl_estimate,
     loss_units,
     masked_sum,
@@ -152,17 +153,39 @@ class GRPOModule(PolicyGradientModule):
             batch.ref_logprobs = self.rollout_logprobs(self.frozen["reference"], batch, plan)
         rewards, valid = total_rewards(batch.rewards, batch.reward_valid, batch.reward_weights)
         if penalised:
-            kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, self.kl.estimator)
+            kl = self._kl(batch.old_logprobs, batch)
             rewards = rewards - self.kl.coef * masked_sum(kl, batch.loss_mask, dim=1)
+        self._log_groups(rewards, batch.group_ids, valid)
         advantages = group_advantages(
             rewards,
             batch.group_ids,
             valid=valid,
             baseline=self.advantage.baseline,
             scale=self.advantage.scale,
+            batch_std=self._batch_std(rewards, valid),
         )
         batch.advantages = advantages[:, None] * batch.loss_mask
         return batch
+
+    def _kl(self, logprobs: Tensor | None, batch: RolloutBatch) -> Tensor:
+        assert logprobs is not None
+        assert batch.ref_logprobs is not None
+        assert self.kl.estimator is not None
+        return kl_estimate(logprobs, batch.ref_logprobs, self.kl.estimator, batch.loss_mask)
+
+    def _batch_std(self, rewards: Tensor, valid: Tensor) -> Tensor | None:
+        """The deviation of all scored rewards of the phase, over all ranks."""
+        if self.advantage.scale != "batch":
+            return None
+        scored = torch.cat(gather_objects(rewards[valid]))
+        return scored.std() if len(scored) > 1 else scored.new_zeros(())
+
+    def _log_groups(self, rewards: Tensor, group_ids: Tensor, valid: Tensor) -> None:
+        """The mean deviation within groups, and the share of groups that have nothing to teach."""
+        groups = group_statistics(rewards, group_ids, valid=valid)
+        metrics = self.phase_metrics
+        metrics.add("rollout/reward_std", groups.std[valid].sum(), valid.sum())
+        metrics.add("rollout/frac_reward_zero_std", groups.zero_std.sum(), len(rewards))
 
     def loss_units(self, batch: RolloutBatch) -> Tensor:
         """``[B]`` what each completion adds to the loss denominator."""
@@ -172,6 +195,8 @@ class GRPOModule(PolicyGradientModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """The clipped surrogate of a micro-batch, plus the KL penalty (eq. 3 of the paper)."""
         assert self.policy is not None
+        assert batch.advantages is not None
+        assert batch.loss_denominator is not None
         how = self.policy_loss
         logprobs, entropy = self.logprobs(self.policy, batch, with_entropy=True)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -185,6 +210,7 @@ class GRPOModule(PolicyGradientModule):
             ratio_level=how.ratio,
             dual_clip=how.dual_clip,
         )
+        assert entropy is not None
         figures = {
             "entropy": entropy,
             "clip_ratio/low_mean": surrogate.clipped_low,
@@ -194,7 +220,7 @@ class GRPOModule(PolicyGradientModule):
         }
         per_token = surrogate.loss
         if batch.ref_logprobs is not None:
-            kl = kl_estimate(logprobs, batch.ref_logprobs, self.kl.estimator)
+            kl = self._kl(logprobs, batch)
             figures["kl"] = kl
             if self.kl.placement == "loss":
                 per_token = per_token + self.kl.coef * kl

@@ -13,16 +13,24 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf_lightning.data.template_probe import probe_template
-from rlhf_lightning.data.tokens import encode_continuations, encode_texts, special_tokens
+from rlhf_lightning.data.tokens import (
+    check_text,
+    encode_continuations,
+    encode_texts,
+    kind_of,
+    special_tokens,
+)
 
 Message = dict[str, Any]
 
@@ -119,31 +127,21 @@ def check_messages(messages: Any, where: str) -> list[Message]:
         where: names the row in errors.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: expected a list of messages, found {_kind(messages)}")
+        raise ValueError(f"{where}: expected a list of messages, found {kind_of(messages)}")
     checked = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise ValueError(
                 f"{where}, message {number}: expected a mapping with role and content, found"
-                f" {_kind(message)}"
+                f" {kind_of(message)}"
             )
         message = {key: value for key, value in message.items() if value is not None}
         for key in ("role", "content"):
             if key == "content" and key not in message and message.get("tool_calls"):
                 continue
-            if not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"{where}, message {number}: {key} must be text, found"
-                    f" {_kind(message.get(key))}"
-                )
+            check_text(message.get(key), f"{where}, message {number}: {key}")
         checked.append(message)
     return checked
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list | dict | str) and not value:
-        return f"an empty {type(value).__name__}"
-    return "nothing" if value is None else type(value).__name__
 
 
 class EncodedSequence(NamedTuple):
@@ -197,24 +195,41 @@ class ChatRenderer:
         Args:
             chat: the conversation.
             stop: how many messages to take; None takes all.
-            generate: end where the assistant is to go on: after the prompt to generate, or inside
-                the last message if that is the assistant's.
+            generate: end with the prompt to generate, where a turn of the assistant begins.
         """
-        messages = chat.messages[:stop]
-        goes_on = generate and messages[-1]["role"] == "assistant"
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=chat.tools,
-                chat_template=self.options.template,
-                add_generation_prompt=generate and not goes_on,
-                continue_final_message=goes_on,
-                tokenize=False,
-                **{**self.options.template_kwargs, **chat.template_kwargs},
+        return self._apply(chat, chat.messages[:stop], add_generation_prompt=generate)
+
+    def render_prompt(self, chat: Conversation) -> str:
+        """The text up to where the assistant is to go on.
+
+        That is behind the prompt to generate, or inside the last message if it is the assistant's.
+        """
+        if chat.messages[-1]["role"] == "assistant":
+            return self._apply(chat, chat.messages, continue_final_message=True)
+        return self.render(chat, generate=True)
+
+    def _apply(self, chat: Conversation, messages: list[Message], **how: Any) -> str:
+        with self._naming_errors(chat):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=chat.tools,
+                    chat_template=self.options.template,
+                    tokenize=False,
+                    **how,
+                    **self._variables(chat),
+                )
             )
+
+    def _variables(self, chat: Conversation) -> dict[str, Any]:
+        return {**self.options.template_kwargs, **chat.template_kwargs}
+
+    @contextmanager
+    def _naming_errors(self, chat: Conversation) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"{chat.where}: {self.name} failed: {error}") from error
-        return str(text)
 
     def encode_training(
         self, chats: Sequence[Conversation], first: Sequence[int]
@@ -232,10 +247,7 @@ class ChatRenderer:
             ValueError: a rendering is not a prefix of the whole, a turn has no stop token, or
                 nothing would be trained.
         """
-        pairs = list(zip(chats, first, strict=True))
-        if chats and GENERATION_TAG.search(self.template(chats[0].tools)):
-            return [self._by_tags(chat, k) for chat, k in pairs]
-        rows = [self._pieces(chat, k) for chat, k in pairs]
+        rows = [self._pieces(chat, k) for chat, k in zip(chats, first, strict=True)]
         heads = encode_texts(self.tokenizer, [row[0] for row in rows])
         flat = encode_continuations(self.tokenizer, [piece for row in rows for piece in row[1:]])
         rest = iter(flat)
@@ -244,15 +256,56 @@ class ChatRenderer:
             for chat, head, row in zip(chats, heads, rows, strict=True)
         ]
 
+    def encode_whole(self, chats: Sequence[Conversation]) -> list[EncodedSequence]:
+        """Encode whole conversations, every token in the loss mask."""
+        encoded = encode_texts(self.tokenizer, [self.render(chat) for chat in chats])
+        for ids, chat in zip(encoded, chats, strict=True):
+            self._check_bos(ids, chat)
+        return [EncodedSequence(ids, [True] * len(ids)) for ids in encoded]
+
     def _pieces(self, chat: Conversation, first: int) -> list[str]:
         """The text, cut where trained turns begin and end: untrained, trained, untrained, ..."""
-        whole = self.render(chat)
-        cuts = [0]
-        for k in _assistant_turns(chat, first):
-            for part in (self.render(chat, k, generate=True), self.render(chat, k + 1)):
-                self._check_prefix(part, whole, chat)
-                cuts.append(max(len(part), cuts[-1]))
-        return [whole[start:end] for start, end in pairwise([*cuts, len(whole)])]
+        turns = _assistant_turns(chat, first)
+        if GENERATION_TAG.search(self.template(chat.tools)):
+            whole, spans = self._tagged_spans(chat, first)
+        else:
+            whole = self.render(chat)
+            spans = [
+                (
+                    self._prefix(self.render(chat, k, generate=True), whole, chat),
+                    self._prefix(self.render(chat, k + 1), whole, chat),
+                )
+                for k in turns
+            ]
+        cuts = [0, *(cut for span in spans for cut in span), len(whole)]
+        if cuts != sorted(cuts):
+            raise ValueError(
+                f"{chat.where}: {self.name} renders a prompt to generate that is longer than the"
+                f" turn it begins, or turns within turns (characters {cuts}): no turn can be told"
+            )
+        return [whole[start:end] for start, end in pairwise(cuts)]
+
+    def _tagged_spans(self, chat: Conversation, first: int) -> tuple[str, list[tuple[int, int]]]:
+        """The text and the spans that the template's own tags mark."""
+        with self._naming_errors(chat):
+            rendered: Any = render_jinja_template(
+                conversations=[chat.messages],
+                tools=chat.tools,
+                chat_template=self.template(chat.tools),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self._variables(chat)},
+            )
+        (whole,), (tagged,) = rendered
+        start = self._prefix(self.render(chat, first, generate=True), whole, chat) if first else 0
+        spans: list[tuple[int, int]] = []
+        for begin, end in tagged:
+            if spans and spans[-1][1] == begin:  # a turn in several blocks
+                spans[-1] = (spans[-1][0], end)
+            elif end > start:
+                spans.append((max(begin, start), end))
+        if not spans:
+            raise ValueError(f"{chat.where}: {self.name} marks nothing of the assistant's turns")
+        return whole, spans
 
     def _join(self, chat: Conversation, head: list[int], rest: list[list[int]]) -> EncodedSequence:
         self._check_bos(head, chat)
@@ -263,31 +316,6 @@ class ChatRenderer:
             loss_mask += [True] * trained + [False] * (len(piece) - trained)
         return EncodedSequence(ids, loss_mask)
 
-    def _by_tags(self, chat: Conversation, first: int) -> EncodedSequence:
-        """The mask that the template's own ``{% generation %}`` tags give."""
-        _assistant_turns(chat, first)
-        encoded: Any = self.tokenizer.apply_chat_template(
-            chat.messages,
-            tools=chat.tools,
-            chat_template=self.options.template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **{**self.options.template_kwargs, **chat.template_kwargs},
-        )
-        whole = list(encoded["input_ids"])
-        loss_mask = [bool(value) for value in encoded["assistant_masks"]]
-        self._check_bos(whole, chat)
-        if first > 0:
-            prompt = self.render(chat, first, generate=True)
-            self._check_prefix(prompt, self.render(chat), chat)
-            (head,) = encode_texts(self.tokenizer, [prompt])
-            loss_mask[: len(head)] = [False] * len(head)
-        if not any(loss_mask):
-            raise ValueError(f"{chat.where}: {self.name} marks no token of the assistant's turns")
-        last = max(i for i, trained in enumerate(loss_mask) if trained)
-        self._end_of_turn(whole[: last + 1], chat)
-        return EncodedSequence(whole, loss_mask)
-
     def _check_bos(self, ids: list[int], chat: Conversation) -> None:
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -296,9 +324,10 @@ class ChatRenderer:
                 " it once"
             )
 
-    def _check_prefix(self, part: str, whole: str, chat: Conversation) -> None:
+    def _prefix(self, part: str, whole: str, chat: Conversation) -> int:
+        """The length of a beginning, which the whole must keep as it is."""
         if whole.startswith(part):
-            return
+            return len(part)
         same = (a == b for a, b in zip(part, whole, strict=False))
         n = next((i for i, equal in enumerate(same) if not equal), len(whole))
         raise ValueError(

@@ -18,6 +18,7 @@ from rlhf_lightning.core.distributed import rank, world_size
 from rlhf_lightning.core.modes import eval_mode
 from rlhf_lightning.core.seeding import derive_seed, permutation
 from rlhf_lightning.data.answers import AnswerLoader, ValidationConfig
+from rlhf_lightning.data.chat import ChatOptions
 from rlhf_lightning.data.phase import Phase, PhaseConfig, plan_updates, step_denominators
 from rlhf_lightning.data.prompts import EncodedPrompt, PromptSource, encode_prompts
 from rlhf_lightning.data.resumable import ResumableDataModule
@@ -62,6 +63,7 @@ class RolloutDataModule(ResumableDataModule):
         validation: held-out prompts; without it ``fit`` does not validate.
         prompt_limits: what happens to long prompts.
         reward_policy: what happens when a reward function fails.
+        chat: how conversations become text.
         tokenizer: by default the module's.
         seed: prompt order, sampling and the order of updates follow from it.
 
@@ -86,6 +88,7 @@ class RolloutDataModule(ResumableDataModule):
         validation: ValidationConfig | None = None,
         prompt_limits: PromptLimits | None = None,
         reward_policy: RewardPolicy | None = None,
+        chat: ChatOptions | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
     ) -> None:
@@ -95,6 +98,7 @@ class RolloutDataModule(ResumableDataModule):
         self.phase = as_config(PhaseConfig, phase, "phase")
         self.validation = validation
         self.prompt_limits = as_config(PromptLimits, prompt_limits, "prompt_limits")
+        self.chat = as_config(ChatOptions, chat, "chat")
         self.rewards = RewardCombiner(
             rewards, reward_weights, as_config(RewardPolicy, reward_policy, "reward_policy")
         )
@@ -105,6 +109,8 @@ class RolloutDataModule(ResumableDataModule):
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._running: Phase | None = None
         self._bound: object | None = None
+        self._lap: tuple[int, int] | None = None
+        self._order: list[int] = []
         if self.sampling.temperature == 0:
             raise ValueError(
                 "sampling.temperature is 0: greedy completions cannot be learned from. Raise it"
@@ -184,6 +190,7 @@ class RolloutDataModule(ResumableDataModule):
                 context_length=context_length(self._module.language_model),
                 max_new_tokens=sampling.max_new_tokens,
                 too_long=limits.too_long,
+                chat=self.chat,
             )
             for name, count in counts.items():
                 if count:
@@ -263,7 +270,7 @@ class RolloutDataModule(ResumableDataModule):
         """The stream is one random order of all prompts after another."""
         prompts = len(self._encoded["train"])
         lap, place = divmod(position, prompts)
-        if getattr(self, "_lap", None) != (lap, prompts):
+        if self._lap != (lap, prompts):
             self._lap = (lap, prompts)
             self._order = permutation(prompts, self.seed, "prompts", lap).tolist()
         return self._order[place]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -75,30 +74,56 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return known | {token.content: i for i, token in added if token.special}
 
 
-class SpecialTokenText:
-    """Finds text that the tokenizer would turn into control tokens.
+class SpecialTokenFilter:
+    """Finds rows whose text the tokenizer would turn into control tokens.
 
     Args:
         tokenizer: whose control tokens are looked for.
+        policy: ``"error"``, ``"drop"`` or ``"allow"``, see
+            :class:`~rlhf_lightning.data.chat.ChatOptions`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._spelled_bos = tokenizer.bos_token or ""
-        self._spelled_eos = tokenizer.eos_token or ""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, policy: str) -> None:
+        self.policy = policy
+        self._bos = tokenizer.bos_token or ""
+        self._eos = tokenizer.eos_token or ""
         longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._found: dict[int, str] = {}
 
-    def find(self, value: Any) -> str | None:
-        """The first control token spelled anywhere in a string or a nest of lists and mappings."""
-        for text in _strings(value):
-            found = self._pattern.search(text)
-            if found:
-                return found.group()
-        return None
+    def refuses(self, place: int, *values: Any) -> bool:
+        """Whether the row at this place is out: a control token is spelled somewhere in its values.
 
-    def find_in_document(self, text: str) -> str | None:
-        """As :meth:`find`, for a plain text, which may begin with BOS and end with EOS."""
-        return self.find(text.removeprefix(self._spelled_bos).removesuffix(self._spelled_eos))
+        A string is a whole text, which may begin with BOS and end with EOS; in lists and mappings
+        (messages) nothing may be spelled.
+        """
+        if self.policy == "allow":
+            return False
+        for value in values:
+            if isinstance(value, str):
+                value = value.removeprefix(self._bos).removesuffix(self._eos)
+            for text in _strings(value):
+                found = self._pattern.search(text)
+                if found:
+                    self._found[place] = found.group()
+                    return True
+        return False
+
+    def dropped(self) -> int:
+        """How many rows are out.
+
+        Raises:
+            ValueError: there are some, and the policy is ``"error"``.
+        """
+        if self._found and self.policy == "error":
+            rows = name_rows(list(self._found))
+            raise ValueError(
+                f"{len(self._found)} rows ({rows}) spell a control token of the tokenizer"
+                f" ({next(iter(self._found.values()))!r}), which would act as one. Clean the text,"
+                " set chat.special_tokens to 'drop', or to 'allow' if the rows were rendered"
+                " beforehand and are trusted"
+            )
+        return len(self._found)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -115,7 +140,7 @@ def _strings(value: Any) -> Iterator[str]:
 def check_text(text: Any, where: str) -> str:
     """Refuse what is not text, or holds half a character, which no tokenizer takes."""
     if not isinstance(text, str):
-        raise ValueError(f"{where} must be text, found {type(text).__name__}")
+        raise ValueError(f"{where} must be text, found {kind_of(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -126,33 +151,14 @@ def check_text(text: Any, where: str) -> str:
     return text
 
 
-@dataclass
-class EncodingCounts:
-    """What became of the rows.
-
-    Attributes:
-        rows: how many came in.
-        kept: how many are encoded.
-        truncated: kept, but cut to the length limit.
-        too_long: dropped because they are longer than the limit.
-        untrained: dropped because nothing that is trained is left of them within the limit.
-        special_tokens: dropped because their text spells a control token.
-    """
-
-    rows: int = 0
-    kept: int = 0
-    truncated: int = 0
-    too_long: int = 0
-    untrained: int = 0
-    special_tokens: int = 0
-
-    def __str__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        shown = [f"{n} {name}" for name, n in values.items() if n or name in ("rows", "kept")]
-        return ", ".join(shown)
+def kind_of(value: Any) -> str:
+    """What a value is, for errors: ``"nothing"``, ``"an empty list"``, ``"int"``."""
+    if isinstance(value, list | dict | str) and not value:
+        return f"an empty {type(value).__name__}"
+    return "nothing" if value is None else type(value).__name__
 
 
-def name_rows(numbers: Sequence[int]) -> str:
-    """``"row 3"`` or ``"rows 3, 5, 9, ..."``, for errors; rows count from 1."""
-    shown = ", ".join(map(str, numbers[:5]))
-    return f"row{'s' * (len(numbers) > 1)} {shown}{', ...' * (len(numbers) > 5)}"
+def name_rows(places: Sequence[int]) -> str:
+    """``"row 3"`` or ``"rows 3, 5, 9, ..."`` for the places 2, 4, 8, ...; rows count from 1."""
+    shown = ", ".join(str(place + 1) for place in places[:5])
+    return f"row{'s' * (len(places) > 1)} {shown}{', ...' * (len(places) > 5)}"

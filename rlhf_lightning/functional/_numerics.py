@@ -11,7 +11,7 @@ MAX_LOG_RATIO = 20.0
 def exp_ratio(log_ratio: Tensor) -> Tensor:
     """``exp`` that goes on as its tangent above :data:`MAX_LOG_RATIO`, so that it never overflows.
 
-    ``exp(x)`` for ``x <= 20`` and ``e^20 (1 + x - 20)`` above. The gradient of ``exp(clamp(x))`` is 0
+    ``exp(x)`` up to 20 and ``e^20 (1 + x - 20)`` above. The gradient of ``exp(clamp(x))`` is 0
     beyond the bound; this one stays ``e^20``, so that a token that has run away is pulled back.
 
     Args:

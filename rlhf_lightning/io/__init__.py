@@ -1,1 +1,1 @@
-
+"""Row readers, and the JSON-lines log."""

@@ -66,7 +66,7 @@ class JsonlWriter:
             data = data[self._file.write(data) :]
 
     def drop_after(self, step: int, key: str = "step") -> int:
-        """Drop the records whose ``key`` lies beyond ``step``, so that a resumed run can write them.
+        """Drop the records beyond ``step``, so that a resumed run can write them again.
 
         Lines that cannot be read and records without the key stay. The file is replaced in one
         move: a kill leaves either the old or the new one.

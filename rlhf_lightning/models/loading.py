@@ -123,7 +123,9 @@ def load_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
             vocabulary smaller than the tokenizer's.
     """
     model = (
-        _initialise(config, tokenizer) if config.path is None else _read_weights(config, config.path)
+        _initialise(config, tokenizer)
+        if config.path is None
+        else _read_weights(config, config.path)
     )
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -311,4 +313,3 @@ def _template_text(template: str) -> str:
 def _nearest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(str(name), sorted(known), n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known)[:60])}, ..."
-

@@ -16,7 +16,12 @@ from transformers import PreTrainedModel
 from rlhf_lightning.functional.logprobs import logprobs_from_logits, token_logprobs
 
 # Fields by which configurations scale the logits; some models multiply by them, some divide.
-_SCALE_FIELDS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
+_SCALE_FIELDS = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_mup_width_multiplier",
+)
 _PROBE_TOKENS = 8
 
 

@@ -102,13 +102,14 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[2]))
     setup = receive(channel)
     die_with_parent(setup["parent"])
-    limit(resource.RLIMIT_AS, setup["memory_bytes"])
+    if sys.platform == "linux":  # other kernels have the constant and refuse or ignore it
+        limit(resource.RLIMIT_AS, setup["memory_bytes"])
     limit(resource.RLIMIT_CORE, 0)
     sys.path[:] = setup["sys_path"]
     try:
         task = load(*setup["task"])
-        if setup["start"]:
-            load(*setup["start"])(*setup["start_args"])
+        if setup["setup"]:
+            load(*setup["setup"])(*setup["setup_args"])
     except BaseException:
         send(channel, {"failed": traceback.format_exc()[-4000:]})
         os._exit(1)

@@ -110,10 +110,14 @@ def check_request(
         ValueError: naming the prompt, what was found and what to change.
     """
     if len(seeds) != len(prompts):
-        raise ValueError(f"generate got {len(prompts)} prompts and {len(seeds)} seeds; give one each")
+        raise ValueError(
+            f"generate got {len(prompts)} prompts and {len(seeds)} seeds; give one each"
+        )
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty. Give it at least one token, for example the BOS")
+            raise ValueError(
+                f"prompt {i} is empty. Give it at least one token, for example the BOS"
+            )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(
                 f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}; the model knows 0 to"

@@ -1,0 +1,234 @@
+"""The data module of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.core.config import as_config
+from rlhf_lightning.core.distributed import rank, world_size
+from rlhf_lightning.core.seeding import permutation
+from rlhf_lightning.data.batching import check_token_budget, cut_micro_batches
+from rlhf_lightning.data.chat import ChatOptions, EncodedSequence
+from rlhf_lightning.data.prompts import PromptSource
+from rlhf_lightning.data.resumable import ResumableDataModule
+from rlhf_lightning.data.sequences import encode_sequences
+from rlhf_lightning.models.loading import context_length
+from rlhf_lightning.types import SequenceBatch, StepPlan
+
+
+class SFTDataModule(ResumableDataModule):
+    """Rows of text, messages, or prompt and completion as micro-batches for ``SFTModule``.
+
+    The rows are TRL's formats, standard or conversational. A prompt is not trained on, and of a
+    conversation only the assistant's turns are. An epoch's rows are permuted and cut into optimizer
+    steps whose sizes differ by at most one row, so none is left over; a step is shared among
+    processes and cut into ``accumulate_grad_batches`` micro-batches of similar padded size. The
+    place in the epoch is part of the checkpoint.
+
+    Args:
+        dataset: where the training rows come from.
+        batch_size: rows per optimizer step, over all processes and micro-batches.
+        validation: where the held-out rows come from; without it ``fit`` does not validate.
+        max_length: the longest row in tokens; by default the model's context.
+        too_long: what happens to longer rows: ``"error"``, ``"truncate"`` on the right, or
+            ``"drop"``; they are counted and reported.
+        train_on_prompt: also train on prompts, not only on completions and the assistant's turns.
+        chat: how conversations become text.
+        max_tokens_per_micro_batch: an upper bound on rows times longest row of a micro-batch.
+        validation_batch_size: held-out rows at a time, per process.
+        tokenizer: by default the module's.
+        seed: the order of the rows follows from it.
+    """
+
+    def __init__(
+        self,
+        dataset: PromptSource,
+        batch_size: int = 16,
+        validation: PromptSource | None = None,
+        max_length: int | None = None,
+        too_long: Literal["error", "truncate", "drop"] = "error",
+        train_on_prompt: bool = False,
+        chat: ChatOptions | None = None,
+        max_tokens_per_micro_batch: int | None = None,
+        validation_batch_size: int = 32,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.validation = validation
+        self.max_length = max_length
+        self.too_long = too_long
+        self.train_on_prompt = train_on_prompt
+        self.chat = as_config(ChatOptions, chat, "chat")
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.validation_batch_size = validation_batch_size
+        self.seed = seed
+        self._tokenizer = tokenizer
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._encoded: dict[str, list[EncodedSequence]] = {}
+        self._plan: StepPlan = []
+        self._denominators: list[float] = []
+
+    @property
+    def _module(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError("SFTDataModule works inside a Trainer: use trainer.fit(...)")
+        return self.trainer.lightning_module
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was given, or the module's."""
+        return self._tokenizer if self._tokenizer is not None else self._module.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Read the rows.
+
+        Raises:
+            ValueError: if a source has no rows, or too few for the sizes that were asked for.
+        """
+        if stage == "fit":
+            self.reset_position()
+            self._rows["train"] = _load(self.dataset, "dataset")
+        if self.validation is not None:
+            self._rows["validation"] = _load(self.validation, "validation")
+        elif stage in ("validate", "test", "predict"):
+            raise ValueError(f"validation: `{stage}` needs held-out rows, and none are configured")
+
+    def _sequences(self, kind: str) -> list[EncodedSequence]:
+        """The rows as token ids and loss masks. Done once."""
+        if kind not in self._encoded:
+            rows = self._rows[kind]
+            limits = [self.max_length, context_length(self._module.language_model)]
+            self._encoded[kind], counts = encode_sequences(
+                rows,
+                self.tokenizer,
+                max_length=min((limit for limit in limits if limit is not None), default=None),
+                too_long=self.too_long,
+                train_on_prompt=self.train_on_prompt,
+                chat=self.chat,
+            )
+            for name, count in counts.items():
+                if count:
+                    self._module.print(f"{kind} rows: {count} of {len(rows)} {name}")
+        return self._encoded[kind]
+
+    # Training
+
+    def train_dataloader(self) -> Any:
+        """One epoch of it is one pass over the rows."""
+        rows = len(self._sequences("train"))
+        if "validation" in self._rows:
+            self._sequences("validation")
+        parts = self._accumulate * world_size()
+        if rows // self._steps() < parts:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and there are {rows} rows, so an optimizer step"
+                f" has {rows // self._steps()} rows: too few for {world_size()} processes x"
+                f" accumulate_grad_batches={self._accumulate}. Raise batch_size or lower the latter"
+            )
+        return super().train_dataloader()
+
+    @property
+    def _accumulate(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.accumulate_grad_batches
+
+    def _steps(self) -> int:
+        """Optimizer steps in an epoch: as near to ``batch_size`` rows each as equal steps can be."""
+        return max(1, round(len(self._sequences("train")) / self.batch_size))
+
+    def micro_batches_per_epoch(self) -> int:
+        """Micro-batches of an epoch, the same on every rank."""
+        return self._steps() * self._accumulate
+
+    def start_epoch(self, epoch: int) -> None:
+        """Permute the rows and cut them. Every rank knows all lengths, so none has to ask."""
+        sequences = self._sequences("train")
+        lengths = torch.tensor([len(sequence.input_ids) for sequence in sequences])
+        order = permutation(len(sequences), self.seed, "rows", epoch)
+        self._plan, self._denominators = [], []
+        for rows in torch.tensor_split(order, self._steps()):
+            dealt = rows[torch.argsort(lengths[rows], stable=True)]
+            mine = dealt[rank() :: world_size()]
+            self._plan.append(cut_micro_batches(mine, lengths, self._accumulate))
+            tokens = sum(sum(sequences[i].loss_mask) for i in rows.tolist())
+            self._denominators.append(tokens / (self._accumulate * world_size()))
+        check_token_budget(self._plan, lengths, self.max_tokens_per_micro_batch)
+
+    def micro_batch(self, index: int) -> SequenceBatch:
+        """Micro-batch ``index`` of the epoch."""
+        step, part = divmod(index, self._accumulate)
+        batch = self._collate("train", self._plan[step][part])
+        batch.loss_denominator = self._denominators[step]
+        return batch
+
+    def load_epoch_state(self, state: dict[str, Any]) -> None:
+        """Nothing was saved: an epoch's plan follows from its number, and is made when needed."""
+        self._remake = True
+
+    def _collate(self, kind: str, rows: Tensor) -> SequenceBatch:
+        chosen = [self._sequences(kind)[i] for i in rows.tolist()]
+        length = max(len(sequence.input_ids) for sequence in chosen)
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.full((len(chosen), length), 0 if pad is None else int(pad))
+        attention_mask = torch.zeros(len(chosen), length, dtype=torch.long)
+        loss_mask = torch.zeros(len(chosen), length, dtype=torch.bool)
+        for i, sequence in enumerate(chosen):
+            end = len(sequence.input_ids)
+            input_ids[i, :end] = torch.tensor(sequence.input_ids)
+            attention_mask[i, :end] = 1
+            loss_mask[i, :end] = torch.tensor(sequence.loss_mask)
+        return SequenceBatch(
+            input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask
+        )
+
+    # Validation
+
+    def val_dataloader(self) -> Any:
+        """Held-out rows in their order, dealt out to the ranks."""
+        return [] if self.validation is None else _HeldOutLoader(self)
+
+    def test_dataloader(self) -> Any:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        """The same as validation."""
+        return self.val_dataloader()
+
+
+class _HeldOutLoader:
+    """Serves this rank's held-out rows; a rank with fewer of them serves an unmarked one instead."""
+
+    def __init__(self, data: SFTDataModule) -> None:
+        self.data = data
+        self.rows = len(data._sequences("validation"))
+
+    def _share(self) -> int:
+        return -(-self.rows // world_size())
+
+    def __len__(self) -> int:
+        return -(-self._share() // self.data.validation_batch_size)
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        mine = torch.arange(rank(), self._share() * world_size(), world_size())
+        for places in mine.split(self.data.validation_batch_size):
+            batch = self.data._collate("validation", places % self.rows)
+            batch.loss_mask &= (places < self.rows)[:, None]
+            yield batch
+
+
+def _load(source: PromptSource, name: str) -> list[dict[str, Any]]:
+    rows = source.load()
+    if not rows:
+        raise ValueError(f"{name}: the source has no rows")
+    return rows
