@@ -119,7 +119,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path}: refused, because it is no checkpoint or holds more than tensors and plain"
                 f" values, which could run code when loaded ({_first_line(error)})"
             ) from error
-        except (RuntimeError, EOFError, KeyError) as error:
+        except PermissionError:
+            raise
+        except (RuntimeError, EOFError, KeyError, OSError) as error:
             raise ValueError(
                 f"{path}: this checkpoint is damaged or incomplete ({_first_line(error)})."
                 " Resume from an older one"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -152,6 +153,21 @@ class BaseModule(LightningModule):
         """Log the phase's figures, once."""
         self._log_means(self.phase_metrics)
         self.phase_metrics.reset()
+
+    def on_train_start(self) -> None:
+        """Log the figures of a phase whose last step is in the checkpoint but whose end is not.
+
+        Lightning goes straight on to the next epoch then, and would skip the end of this one.
+        """
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if done and done >= self.trainer.num_training_batches:
+            figures = self.phase_metrics.compute()
+            # Lightning logs in single precision, and counts the finished epoch already
+            rounded = torch.tensor([*figures.values()], dtype=torch.float32).tolist()
+            row = dict(zip(figures, rounded, strict=True), epoch=self.current_epoch - 1)
+            for logger in self.trainer.loggers:
+                logger.log_metrics(row, step=self.trainer.global_step - 1)
+            self.phase_metrics.reset()
 
     def _log_means(self, metrics: PhaseMetrics, prefix: str = "") -> None:
         for name, value in metrics.compute().items():

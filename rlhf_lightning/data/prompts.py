@@ -34,7 +34,8 @@ class PromptSource(ABC):
         """All rows, the same on every call.
 
         Each row has ``prompt``: text, or a list of messages. Its other columns go to the reward
-        functions by name (``answer``), or to supervised training (``completion``).
+        functions by name (``answer``), or to supervised training (``completion``), which also takes
+        rows with ``messages`` or ``text`` and no prompt.
         """
 
 
@@ -55,7 +56,8 @@ class PromptFile(PromptSource):
         template: the prompt with columns in braces, ``"Question: {question}\nAnswer:"``. Double a
             brace that is meant as such: ``"\\boxed{{}}"``.
         system: a system message; it makes the prompt a conversation.
-        chat: make the prompt a conversation with one message of the user.
+        chat: make the prompt a conversation with one message of the user, and a ``completion`` the
+            assistant's answer to it.
         transforms: functions from row to row, or their dotted paths, such as
             ``rlhf_lightning.data.transforms.gsm8k_gold``.
         limit: use no more than this many rows.
@@ -125,6 +127,8 @@ class PromptFile(PromptSource):
         if self.template is not None:
             _require(row, self._template_fields, where, "template")
             row["prompt"] = self.template.format_map(row)
+        if not self.chat and {"messages", "text"} & set(row):
+            return row
         if "prompt" not in row:
             raise ValueError(
                 f"{where}: no column 'prompt'; it has {sorted(row)}. Name one with columns"
@@ -132,6 +136,8 @@ class PromptFile(PromptSource):
             )
         if self.chat:
             row["prompt"] = self._conversation(row["prompt"], where)
+            if isinstance(row.get("completion"), str):
+                row["completion"] = [{"role": "assistant", "content": row["completion"]}]
         return row
 
     def _conversation(self, prompt: Any, where: str) -> list[dict[str, Any]]:

@@ -88,12 +88,12 @@ class ResumableDataModule(LightningDataModule):
             self._resume_here = False
         else:
             self._live = False
-        if self._live and self._remake:
-            self.start_epoch(self.epoch - 1)
-        elif not self._live or self._cursor >= total:
+        if not self._live or self._cursor >= total:
             self.start_epoch(self.epoch)
             self.epoch += 1
             self._cursor, self._live = 0, True
+        elif self._remake:
+            self.start_epoch(self.epoch - 1)
         self._remake = False
         while self._cursor < total:
             batch = self.micro_batch(self._cursor)

@@ -36,21 +36,25 @@ def kl_estimate(
     ``logprobs`` stays ``1 - e^20`` instead of overflowing, or of vanishing as behind a clamp.
 
     Args:
-        logprobs: any shape, of the policy.
-        ref_logprobs: the same shape, of the reference model. Gradients flow here too; detach it.
+        logprobs: ``[B, T]``, of the policy.
+        ref_logprobs: ``[B, T]``, of the reference model, without gradient.
         estimator: which one.
-        loss_mask: bool, the same shape. Where given, the estimate and its gradient are exactly 0 on
-            masked positions, whatever they hold.
+        loss_mask: ``[B, T]`` bool, True where the token counts. Where given, the estimate and its
+            gradient are exactly 0 on masked positions, whatever they hold.
 
     Returns:
-        The same shape.
+        ``[B, T]``.
+
+    Raises:
+        ValueError: if shapes differ or the estimator is unknown.
 
     Example:
-        >>> kl_estimate(torch.tensor([0.0, -1.0]).log_softmax(0), torch.tensor([-0.3, -1.3]), "k1")
-        tensor([-0.0133, -0.0133])
+        >>> kl_estimate(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0, -3.0]]), "k3")
+        tensor([[0.0000, 0.3679]])
     """
     check_choice("estimator", estimator, get_args(KLEstimator))
-    check_shape("ref_logprobs", ref_logprobs, "the shape of logprobs", *logprobs.shape)
+    check_shape("logprobs", logprobs, "[B, T]", None, None)
+    check_shape("ref_logprobs", ref_logprobs, "[B, T]", *logprobs.shape)
     log_r = ref_logprobs - logprobs
     if loss_mask is not None:
         check_aligned(loss_mask, logprobs=logprobs)

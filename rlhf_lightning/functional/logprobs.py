@@ -6,7 +6,7 @@ Notation: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N`` t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -92,9 +92,7 @@ def token_logprobs(
         logprobs, entropy = _ChunkedLogprobs.apply(
             selected, head_weight, head_bias, targets, head, dtype, chunk_size, with_entropy
         )
-    return _scatter(logprobs, tokens, loss_mask), (
-        None if entropy is None else _scatter(entropy, tokens, loss_mask)
-    )
+    return _scatter(logprobs, tokens, loss_mask), _scatter(entropy, tokens, loss_mask)
 
 
 def logprobs_from_logits(
@@ -137,9 +135,7 @@ def logprobs_from_logits(
         input_ids.flatten().index_select(0, tokens),
         with_entropy,
     )
-    return _scatter(logprobs, tokens, loss_mask), (
-        None if entropy is None else _scatter(entropy, tokens, loss_mask)
-    )
+    return _scatter(logprobs, tokens, loss_mask), _scatter(entropy, tokens, loss_mask)
 
 
 class _Head(NamedTuple):
@@ -174,7 +170,9 @@ def _statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """``[N, V]`` logits to ``[N]`` log-probabilities and entropies."""
     log_p = logits.log_softmax(dim=-1)
-    entropy = -(log_p.exp() * _finite(log_p)).sum(dim=-1) if with_entropy else None
+    entropy = None
+    if with_entropy:
+        entropy = -(log_p.exp() * log_p.clamp(min=_lowest(log_p))).sum(dim=-1)
     return _gather(log_p, targets), entropy
 
 
@@ -212,7 +210,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 logprobs[rows] = picked - total.log()
                 log_partition[rows] = highest.squeeze(-1) + total.log()
                 if entropy is not None:
-                    entropy[rows] = total.log() - p.mul_(_finite(logits)).sum(dim=-1) / total
+                    entropy[rows] = (
+                        total.log() - p.mul_(logits.clamp_(min=_lowest(logits))).sum(dim=-1) / total
+                    )
         ctx.save_for_backward(hidden, weight, bias, targets, log_partition, entropy)
         return logprobs, entropy
 
@@ -286,14 +286,14 @@ def _grad_logits(
         grad = p.mul_(-grad_logprobs[:, None])
     else:
         upstream, entropy = grad_entropy
-        factor = _finite(p.log()).add_(entropy[:, None])
+        factor = p.log().clamp_(min=_lowest(p)).add_(entropy[:, None])
         grad = p.mul_(factor.mul_(-upstream[:, None]).sub_(grad_logprobs[:, None]))
     return grad.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
 
 
-def _finite(logits: Tensor) -> Tensor:
-    """A copy in which ``-inf`` is a number, as ``0 log 0`` counts as 0 in an entropy."""
-    return logits.clamp(min=torch.finfo(logits.dtype).min)
+def _lowest(logits: Tensor) -> float:
+    """What stands in for ``-inf``, because ``0 log 0`` counts as 0 in an entropy."""
+    return torch.finfo(logits.dtype).min
 
 
 def _gather(values: Tensor, targets: Tensor) -> Tensor:
@@ -326,8 +326,14 @@ def _loss_tokens(loss_mask: Tensor) -> Tensor:
     return positions[:, 1:][loss_mask[:, 1:]]
 
 
-def _scatter(values: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
+@overload
+def _scatter(values: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor: ...
+@overload
+def _scatter(values: None, tokens: Tensor, loss_mask: Tensor) -> None: ...
+def _scatter(values: Tensor | None, tokens: Tensor, loss_mask: Tensor) -> Tensor | None:
     """``[B, T]`` with the values of the tokens that count, and 0 elsewhere."""
+    if values is None:
+        return None
     return values.new_zeros(loss_mask.numel()).index_copy(0, tokens, values).view_as(loss_mask)
 
 

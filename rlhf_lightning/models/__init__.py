@@ -1,1 +1,1 @@
-
+"""Language models: loading, the policy, frozen references, tokenizers."""

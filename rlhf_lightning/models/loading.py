@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -95,6 +95,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         OSError: if it cannot be found.
         ValueError: if it has no EOS token, or the chat template is neither Jinja nor a file.
     """
+    tokenizer: PreTrainedTokenizerBase
     if config.characters is not None:
         tokenizer = character_tokenizer(config.characters)
     else:
@@ -122,11 +123,10 @@ def load_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
         ValueError: on an unknown ``model_type`` or field, weights that the checkpoint lacks, or a
             vocabulary smaller than the tokenizer's.
     """
-    model = (
-        _initialise(config, tokenizer)
-        if config.path is None
-        else _read_weights(config, config.path)
-    )
+    if config.path is None:
+        model = _initialise(config, tokenizer)
+    else:
+        model = _read_weights(config, config.path)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -143,7 +143,7 @@ def load_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
 def ensure_pad_and_eos(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PreTrainedConfig | None = None
 ) -> None:
-    """Give the tokenizer a pad token, and a model the tokenizer's pad and EOS ids where it has none.
+    """Give the tokenizer a pad token, and the model the pad and EOS ids that it lacks.
 
     A missing pad token becomes the EOS token. That is safe here: masks come from lengths, never
     from comparing ids with the pad id, so a real EOS is still trained.
@@ -158,7 +158,7 @@ def ensure_pad_and_eos(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    configs = [model] if isinstance(model, PreTrainedConfig) else []
+    configs: list[Any] = [model] if isinstance(model, PreTrainedConfig) else []
     if isinstance(model, PreTrainedModel):
         configs = [model.config, model.generation_config]
     for config in configs:
@@ -176,13 +176,20 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model was made for, or None where its configuration sets no limit."""
+    """The most tokens that the model was made for, None where its configuration sets no limit."""
     config = model.config.get_text_config(decoder=True)
     for name in _CONTEXT_FIELDS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Number of token ids that the model can read."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -192,7 +199,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         ValueError: naming the largest id and the size of the embedding.
     """
     largest = max(tokenizer.get_vocab().values(), default=-1)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = embedding_rows(model)
     if largest >= rows:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has ids up to {largest}, the model's"
@@ -207,7 +214,9 @@ def _read_weights(config: ModelConfig, path: str) -> PreTrainedModel:
             path, revision=config.revision, trust_remote_code=False
         )
         _remove_noise(hf_config)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        report: dict[str, Any]
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             path,
             config=hf_config,
             revision=config.revision,

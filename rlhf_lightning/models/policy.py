@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,8 +64,6 @@ class CausalPolicy(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        parameters = inspect.signature(model.base_model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
         self._probed = False
         self._head: LinearHead | None = None
 
@@ -82,7 +79,7 @@ class CausalPolicy(nn.Module):
         """Log-probability of each token given the tokens before it.
 
         Args:
-            input_ids: ``[B, T]``, padded on the right (or on the left).
+            input_ids: ``[B, T]``, padded on the right or on the left.
             attention_mask: ``[B, T]``, 1 on tokens and 0 on padding.
             loss_mask: ``[B, T]`` bool, the tokens that are asked about.
             temperature: divides the logits, as it did when the tokens were sampled.
@@ -90,60 +87,54 @@ class CausalPolicy(nn.Module):
 
         Returns:
             Log-probabilities ``[B, T]`` and entropies ``[B, T]`` or None, 0 off the loss mask.
+
+        Raises:
+            ValueError: if the three tensors differ in shape.
         """
-        inputs = self._model_inputs(input_ids, attention_mask)
+        if not input_ids.shape == attention_mask.shape == loss_mask.shape:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)}, attention_mask {tuple(attention_mask.shape)}"
+                f" and loss_mask {tuple(loss_mask.shape)} must have the same shape [B, T]"
+            )
+        # Causal attention never looks right: with its padding there a row needs no attention mask,
+        # positions count up from 0 and attention runs its fastest kernel.
+        to_right, back = _rotations(attention_mask)
+        input_ids, loss_mask = input_ids.gather(1, to_right), loss_mask.gather(1, to_right)
         if not self._probed:
-            self._head = self._find_head(inputs)
+            self._head = self._find_head(input_ids[:1, :_PROBE_TOKENS])
             self._probed = True
         head = self._head
         if head is None:
-            logits = self.model(**inputs).logits
-            return logprobs_from_logits(
-                logits, input_ids, loss_mask, temperature=temperature, with_entropy=with_entropy
+            logprobs, entropy = logprobs_from_logits(
+                self.model(input_ids=input_ids, use_cache=False).logits,
+                input_ids,
+                loss_mask,
+                temperature=temperature,
+                with_entropy=with_entropy,
             )
-        return token_logprobs(
-            self.model.base_model(**inputs)[0],
-            head.module.weight,
-            input_ids,
-            loss_mask,
-            head_bias=head.module.bias,
-            temperature=temperature,
-            logit_scale=head.scale,
-            softcap=head.softcap,
-            with_entropy=with_entropy,
-        )
-
-    def _model_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """What the model is called with, so that padding on either side changes nothing.
-
-        Causal attention never looks right, so padding on the right needs no mask at all (which lets
-        attention run its fastest kernel); positions then simply count up.
-        """
-        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         else:
-            inputs["attention_mask"] = attention_mask
-            positions = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        if self._takes_positions:
-            inputs["position_ids"] = positions
-        return inputs
+            logprobs, entropy = token_logprobs(
+                self.model.base_model(input_ids=input_ids, use_cache=False)[0],
+                head.module.weight,
+                input_ids,
+                loss_mask,
+                head_bias=head.module.bias,
+                temperature=temperature,
+                logit_scale=head.scale,
+                softcap=head.softcap,
+                with_entropy=with_entropy,
+            )
+        return logprobs.gather(1, back), None if entropy is None else entropy.gather(1, back)
 
     @torch.no_grad()
-    def _find_head(self, inputs: dict[str, Any]) -> LinearHead | None:
+    def _find_head(self, input_ids: Tensor) -> LinearHead | None:
         """The linear head that reproduces the model's own logits, None if there is none."""
-        columns = {
-            name: value[:1, -_PROBE_TOKENS:] if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear) and self.model.base_model is not self.model:
-            hidden, logits = _hidden_and_logits(self.model, columns)
-            tolerance = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+            hidden, logits = _hidden_and_logits(self.model, input_ids)
             for scale, softcap in _candidates(self.model.config):
                 candidate = LinearHead(head, scale, softcap)
-                gap = (candidate.logits(hidden) - logits).abs().max()
-                if bool(gap <= tolerance * logits.abs().max().clamp_min(1e-30)):
+                if _same(candidate.logits(hidden), logits):
                     return candidate
         warnings.warn(
             f"{type(self.model).__name__} has an output head that is not a plain linear map;"
@@ -153,20 +144,34 @@ class CausalPolicy(nn.Module):
         return None
 
 
-def _hidden_and_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _rotations(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Column indices ``[B, T]`` that move padding from the left to the right, and back."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None]
+    padding = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    return (columns + padding) % columns.shape[1], (columns - padding) % columns.shape[1]
+
+
+def _hidden_and_logits(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states and logits of one and the same forward pass.
 
     The global generators are left as they were, whatever noise the model has.
     """
     kept: list[Tensor] = []
     hook = model.base_model.register_forward_hook(lambda _, __, output: kept.append(output[0]))
-    device = inputs["input_ids"].device
+    device = input_ids.device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            logits = model(**inputs).logits
+            logits = model(input_ids=input_ids, use_cache=False).logits
     finally:
         hook.remove()
     return kept[0], logits
+
+
+def _same(logits: Tensor, expected: Tensor) -> bool:
+    """Whether logits are equal up to rounding in the coarser of the two dtypes."""
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(expected.dtype).eps)
+    gap = (logits - expected).abs().max()
+    return bool(gap <= max(8 * eps, 1e-6) * expected.abs().max())
 
 
 def _candidates(config: Any) -> Iterator[tuple[float, float | None]]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import nan, zoo
+from sympy import nan, zoo  # type: ignore[import-untyped]
 
-_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
+_LATEX = LatexExtractionConfig(boxed_match_priority=0)
+# math-verify takes the t of sin^2 t and the c of a + b + c for units: the second try keeps them.
+_NO_UNITS = dataclasses.replace(
+    _LATEX,
+    normalization_config=dataclasses.replace(_LATEX.normalization_config, units=False),
+)
 
 
 def silence() -> None:
@@ -20,7 +26,12 @@ def silence() -> None:
 
 def _parse(expression: str) -> list[Any]:
     """Sympy's reading of an expression, or nothing; no timeout, for the process has one."""
-    found = parse(rf"\boxed{{{expression}}}", extraction_config=_LATEX, parsing_timeout=None)
+    boxed = rf"\boxed{{{expression}}}"
+    found: list[Any] = []
+    for config in (_LATEX, _NO_UNITS):
+        found = parse(boxed, extraction_config=(config,), parsing_timeout=None)
+        if _is_read(found):
+            break
     return [reading for reading in found if not any(reading is bad for bad in (nan, zoo))]
 
 

@@ -18,7 +18,9 @@ _DOLLARS = re.compile(r"\$([^$\n]{1,400})\$(?![0-9])|\\\(([^\n]{1,400}?)\\\)|\\\
 _LAST_NUMBER = re.compile(r"[-+]?[$€£]?[0-9][0-9.,/]*%?(?=[\s.!*]*\Z)")
 _AMOUNT = re.compile(r"[-+]?\\?[$€£]\s?[0-9][0-9,]*(?:\.[0-9]+)?")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|\Z)|\n")
-_NUMBER_AND_WORDS = re.compile(r"([-+]?[$€£]?[0-9][0-9,]*(?:\.[0-9]+)?%?)\s+[A-Za-z]{2,}[A-Za-z ,'-]*")
+_NUMBER_AND_WORDS = re.compile(
+    r"([-+]?[$€£]?[0-9][0-9,]*(?:\.[0-9]+)?%?)\s+[A-Za-z]{2,}[A-Za-z ,'-]*"
+)
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 
 
@@ -77,15 +79,14 @@ def extract_answer(completion: str, require_box: bool) -> str | None:
         return None if box is None else box[1]
     offset = max(0, len(text) - TAIL_CHARS)
     tail = text[offset:]
-    stated = [] if box is None else [box]
+    stated = [] if box is None else [(*box, True)]
     for pattern in (_HASHES, _ANSWER_IS):
-        match = None
-        for match in pattern.finditer(tail):
-            pass
+        match = max(pattern.finditer(tail), key=re.Match.start, default=None)
         if match is not None:
             claim = match.group(1) if pattern is _HASHES else _claim(tail[match.end() :])
-            stated.append((offset + match.start(), claim))
-    for _, claim in sorted(stated, reverse=True):
+            # "So the answer is correct." takes nothing back from a box before it.
+            stated.append((offset + match.start(), claim, re.search("[0-9]", claim) is not None))
+    for _, claim, _ in sorted(stated, key=lambda s: (box is None or s[2], s[0]), reverse=True):
         if claim.strip():
             return claim
     return _unstated(tail)
@@ -139,7 +140,7 @@ def extract_gold(gold: object) -> str:
 _CHARACTERS = {
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f", ""),
     **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2014", "-"),
-    "×": r"\times ",
+    "\u00d7": r"\times ",
     "·": r"\cdot ",
     "÷": "/",
     "\u2044": "/",
@@ -147,12 +148,12 @@ _CHARACTERS = {
     "∞": r"\infty ",
     "≤": r"\le ",
     "≥": r"\ge ",
-    "∪": r"\cup ",
+    "\u222a": r"\cup ",
     "∩": r"\cap ",
     "∈": r"\in ",
     "±": r"\pm ",
     "°": r"^\circ ",
-    "ℝ": r"\mathbb{R}",
+    "\u211d": r"\mathbb{R}",
     "€": "",
     "£": "",
 }
@@ -165,6 +166,7 @@ _SIMPLE = [
         (r"\\(?:mathrm|textbf|mathbf|textrm|mbox|textit)(?=\s*\{)", r"\\text"),
         (r"(?<!\\)\\[,!]", ""),
         (r"\{,\}", ","),
+        (r"^\\approx(?![A-Za-z])", ""),
         (r"(?<!\\)\\[;: ]|(?<!\\)~|\\q?quad(?![A-Za-z])", " "),
         (r"\\?\$", ""),
         (r"(?<!\\)%", r"\\%"),
@@ -172,10 +174,12 @@ _SIMPLE = [
         (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*\{([^{}]*)\}\s*([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
+        (r"\\frac\s*(\\[A-Za-z]+)\s*([0-9])", r"\\frac{\1}{\2}"),
         (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?", r"^\\circ"),
         (r"\s+", " "),
     )
 ]
+_GROUPED = re.compile(r"(?<!\\)\{[0-9]{1,3}(?:,[0-9]{3})+\}")
 _CHAIN = re.compile(r"([^<>=,\\]+?)(>|\\ge |\\gt )([^<>=,\\]+?)(>|\\ge |\\gt )([^<>=,\\]+)")
 _FLIPPED = {">": "<", r"\ge ": r"\le ", r"\gt ": r"\lt "}
 
@@ -190,7 +194,8 @@ def clean(text: str) -> str:
         text = _to_ascii(_ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2] or m[3]}}}", text))
     for pattern, replacement in _SIMPLE:
         text = pattern.sub(replacement, text)
-    text = text.strip().rstrip(".").strip()
+    text = _GROUPED.sub(lambda match: match.group().replace(",", ""), text)
+    text = text.strip().rstrip(".,;").strip()
     chain = _CHAIN.fullmatch(text)
     if chain:
         a, first, b, second, c = chain.groups()

@@ -1,1 +1,1 @@
-
+"""Rollouts: engines that generate completions, and what is done with them."""

@@ -36,6 +36,8 @@ class Decoder:
     """
 
     logits: Tensor
+    mask: Tensor
+    positions: Tensor
 
     def __init__(
         self, model: Lockstep, prompts: list[tuple[int, ...]], max_new_tokens: int
@@ -118,7 +120,7 @@ class Lockstep:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.config = model.config
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = model.device
         self.sharded = world_size() > 1 and any(
             isinstance(parameter, DTensor) for parameter in model.parameters()
         )
@@ -131,7 +133,7 @@ class Lockstep:
     def __call__(
         self, input_ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache
     ) -> Tensor:
-        """Logits ``[R, V]`` after the last of ``input_ids`` ``[R, T]``, which ``cache`` takes up."""
+        """Logits ``[R, V]`` after the last of ``input_ids`` ``[R, T]``; ``cache`` grows."""
         if self.sharded:
             self._anyone_working(True)
         if self.takes_positions:

@@ -120,8 +120,8 @@ def check_request(
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(
-                f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}; the model knows 0 to"
-                f" {vocab_size - 1}. Tokenise it with the model's own tokenizer"
+                f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}; the model knows 0"
+                f" to {vocab_size - 1}. Tokenise it with the model's own tokenizer"
             )
         total = len(prompt) + sampling.max_new_tokens
         if context is not None and total > context:

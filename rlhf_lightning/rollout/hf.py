@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_lightning.core.modes import eval_mode
-from rlhf_lightning.models.loading import context_length, eos_token_ids
+from rlhf_lightning.models.loading import context_length, embedding_rows, eos_token_ids
 from rlhf_lightning.rollout.decoder import Decoder, Lockstep
 from rlhf_lightning.rollout.engine import RolloutEngine, check_request
 from rlhf_lightning.rollout.sampling import draw, uniforms
@@ -85,9 +85,13 @@ class HFEngine(RolloutEngine):
             FloatingPointError: if the model's logits are not numbers.
         """
         model = self._bound()
-        vocab_size = model.get_input_embeddings().num_embeddings
-        context = context_length(model)
-        check_request(prompts, sampling, seeds, vocab_size=vocab_size, context=context)
+        check_request(
+            prompts,
+            sampling,
+            seeds,
+            vocab_size=embedding_rows(model),
+            context=context_length(model),
+        )
         rows = [
             _Row(i, sample, tuple(prompt), seeds[i])
             for i, prompt in enumerate(prompts)

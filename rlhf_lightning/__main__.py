@@ -1,0 +1,10 @@
+"""``python -m rlhf_lightning``: the console script without its name on the path."""
+
+from __future__ import annotations
+
+import sys
+
+from rlhf_lightning.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The console script: finds the command and hands over, importing only what the command needs."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        module: where it lives; the module has ``main(command, arguments) -> int``.
+        summary: what it does, in one line.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "fit": Command("rlhf_lightning.cli.trainer", "train a module on a data module"),
+    "validate": Command("rlhf_lightning.cli.trainer", "evaluate it on held-out data"),
+    "test": Command("rlhf_lightning.cli.trainer", "the same, logged under test/"),
+    "predict": Command("rlhf_lightning.cli.trainer", "answer held-out prompts"),
+    "run": Command("rlhf_lightning.cli.run", "run the numbered stages of a recipe folder"),
+}
+
+USAGE = """\
+usage: rlhf-lightning COMMAND [options]
+       rlhf-lightning COMMAND --help
+       rlhf-lightning --version
+
+Reinforcement learning from feedback for language models, on PyTorch Lightning.
+
+commands:
+{commands}
+
+examples:
+  rlhf-lightning run recipes/quickstart
+  rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --model.model my/model --trainer.devices 8
+  rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --print_config
+  rlhf-lightning fit --model.help GRPOModule
+
+Tracebacks of configuration errors: set RLHF_LIGHTNING_DEBUG=1.
+A configuration file names classes and functions to call: run only files that you trust."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: what follows ``rlhf-lightning``; by default the process's own arguments.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the command or its configuration.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        listed = (f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+        print(USAGE.format(commands="\n".join(listed)))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"rlhf-lightning {version('rlhf-lightning')}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean: {near[0]}?" if near else f"Commands: {', '.join(COMMANDS)}"
+        print(f"error: there is no command {name!r}. {hint}", file=sys.stderr)
+        return 2
+    return int(import_module(COMMANDS[name].module).main(name, rest))

@@ -1,0 +1,164 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: Lightning's command line with this package's names."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from rlhf_lightning.cli.parser import DEBUG, PARSER_MODE, Parser, debugging, import_all
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # A phase has few optimizer steps; Lightning's interval of 50 would miss most of them.
+    "log_every_n_steps": 1,
+    "default_root_dir": "outputs",
+}
+_SPECIAL_CHECKPOINTS = ("last", "best", "hpc")
+_REFUSALS = (ValueError, OSError, MisconfigurationException, ModuleNotFoundError)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` beside the logs, again on every run; without a logger, nowhere but in
+    a folder that was asked for.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the configuration, unless it would land in the working directory."""
+        if trainer.loggers or Path(trainer.default_root_dir).resolve() != Path.cwd():
+            super().setup(trainer, pl_module, stage)
+
+
+class ComputeStarted(Callback):
+    """Remembers that checks are over and compute is being spent: errors are crashes from then on."""
+
+    def __init__(self) -> None:
+        self.started = False
+
+    def _start(self, trainer: Trainer, *_: Any) -> None:
+        self.started = self.started or not trainer.sanity_checking
+
+    def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule, phase: int) -> None:
+        """The first rollouts."""
+        self._start(trainer)
+
+    on_train_batch_start = _start
+    on_validation_batch_start = _start
+    on_test_batch_start = _start
+    on_predict_batch_start = _start
+
+
+class RLHFCLI(LightningCLI):
+    """Lightning's command line: modules and data modules by name, and flags that always win.
+
+    Args:
+        arguments: the command and its options.
+        callbacks: added to the trainer's.
+        check_only: parse and check the options, and do nothing else.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        callbacks: Sequence[Callback] = (),
+        check_only: bool = False,
+    ) -> None:
+        self.check_only = check_only
+        import_all()
+        argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns where both have arguments
+        try:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={**TRAINER_DEFAULTS, "callbacks": list(callbacks)},
+                seed_everything_default=0,
+                parser_kwargs={"parser_mode": PARSER_MODE, "prog": "rlhf-lightning"},
+                parser_class=Parser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=list(arguments),
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        finally:
+            sys.argv = argv
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and the arguments of the Trainer's methods that are no options.
+
+        ``weights_only`` is none: checkpoints are never unpickled.
+        """
+        commands = LightningCLI.subcommands()
+        return {name: skipped | {"weights_only"} for name, skipped in commands.items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the options as they were given.
+
+        Lightning's own method puts the checkpoint's hyperparameters over them, without a word.
+        """
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in _SPECIAL_CHECKPOINTS and "://" not in path:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path!r}")
+
+    def _set_seed(self) -> None:
+        if not self.check_only:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Build the module, the data module and the trainer."""
+        if not self.check_only:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.check_only:
+            super()._run_subcommand(subcommand)
+
+
+def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
+    """Run a Trainer command.
+
+    Args:
+        arguments: the command and its options.
+
+    Raises:
+        SystemExit: with status 2 and one message for a mistake in the options, or one that a
+            constructor or a setup found before compute was spent.
+    """
+    compute = ComputeStarted()
+    try:
+        return RLHFCLI(arguments, callbacks=[compute])
+    except (*_REFUSALS, TypeError) as error:
+        if debugging() or compute.started or not _is_refusal(error):
+            raise
+        refuse(error)
+
+
+def refuse(error: BaseException) -> NoReturn:
+    """Say what is wrong and exit with status 2."""
+    if rank_zero_only.rank in (None, 0):
+        sys.stderr.write(f"error: {error}\n(the traceback: {DEBUG}=1)\n")
+    raise SystemExit(2) from error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the error was raised on purpose: a TypeError only if this package raised it itself."""
+    if not isinstance(error, TypeError):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(__file__).parents[1] in Path(raised_in).parents
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Entry point of the four commands."""
+    run_trainer([command, *arguments])
+    return 0

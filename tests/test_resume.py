@@ -1,0 +1,293 @@
+"""A run that is stopped anywhere ends bit for bit where the uninterrupted run ends."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from tiny import grpo, quiet_trainer, rollouts, sequences, sft
+
+from rlhf_lightning.algorithms import KLConfig
+from rlhf_lightning.data import ValidationConfig
+
+
+class Trace(Callback):
+    """What training sees: the ids of each micro-batch, losses, random numbers."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        noise = (float(torch.rand(())), float(np.random.rand()), random.random())
+        loss = float(outputs["loss"])
+        self.batches.append((trainer.global_step, batch.input_ids.tolist(), loss, noise))
+
+
+
+class Memory(DummyLogger):
+    """A logger that keeps what it is given, but for times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Any] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        kept = {k: float(v) for k, v in metrics.items() if not k.startswith("time/")}
+        if set(kept) - {"epoch"}:
+            self.rows.append((step, kept))
+
+
+class StopAfter(Callback):
+    """Raises after a number of micro-batches, as a crash between two steps would."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyError("stopped by the test")
+
+
+def run(make: Any, folder: Path, callbacks: list, ckpt: str | None = None, **options: Any):
+    seed_everything(1 if ckpt is None else 2, verbose=False)
+    module, data = make()
+    trace = Trace()
+    options = {"logger": Memory(), "log_every_n_steps": 1, **options}
+    trainer = quiet_trainer(folder, callbacks=[trace, *callbacks], **options)
+    trainer.fit(module, data, ckpt_path=ckpt)
+    return module, trainer, trace
+
+
+def every_step(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="{step}",
+        every_n_train_steps=1,
+        save_top_k=-1,
+    )
+
+
+def assert_same_end(whole: Any, resumed: Any, tail: int) -> None:
+    (module, trainer, trace), (module2, trainer2, trace2) = whole, resumed
+    assert trainer2.global_step == trainer.global_step
+    for (name, a), b in zip(module.state_dict().items(), module2.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    moments = [t.optimizers[0].state_dict()["state"] for t in (trainer, trainer2)]
+    for key, state in moments[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][key][name]))
+    assert trace2.batches == trace.batches[len(trace.batches) - tail :]
+    figures, figures2 = trainer.logger.rows, trainer2.logger.rows
+    assert len(figures2) > 0 or tail == 0
+    for (step, row), (step2, row2) in zip(figures[len(figures) - len(figures2) :], figures2, strict=True):
+        assert step2 == step
+        assert {k: (row[k], v) for k, v in row2.items() if row[k] != v} == {}
+        assert row.keys() == row2.keys()
+
+
+RUNS = {
+    "grpo": (lambda: (grpo(kl=KLConfig(coef=0.0)), rollouts()), {"max_epochs": 3}),
+    "grpo-kl-accumulate-epochs": (
+        lambda: (grpo(), rollouts(steps=2, update_epochs=2)),
+        {"max_epochs": 2, "accumulate_grad_batches": 2},
+    ),
+    "grpo-kl-in-reward-max-steps": (
+        lambda: (grpo(kl=KLConfig(coef=0.1, placement="reward")), rollouts(steps=4)),
+        {"max_steps": 7},
+    ),
+    "grpo-scheduler": (
+        lambda: (
+            grpo(lr_scheduler=lambda opt: torch.optim.lr_scheduler.LinearLR(opt, total_iters=6)),
+            rollouts(),
+        ),
+        {"max_epochs": 3, "gradient_clip_val": 1.0},
+    ),
+    "grpo-validation": (
+        lambda: (grpo(), rollouts(validation=ValidationConfig(rollouts().prompts, batch_size=50))),
+        {"max_epochs": 2, "val_check_interval": 1},
+    ),
+    "sft": (lambda: (sft(), sequences()), {"max_epochs": 2}),
+    "sft-accumulate-scheduler": (
+        lambda: (
+            sft(lr_scheduler=lambda opt: torch.optim.lr_scheduler.LinearLR(opt, total_iters=6)),
+            sequences(batch_size=32),
+        ),
+        {"max_epochs": 3, "accumulate_grad_batches": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_from_every_step_is_exact(name: str, tmp_path: Path) -> None:
+    make, options = RUNS[name]
+    whole = run(make, tmp_path, [every_step(tmp_path / "checkpoints")], **options)
+    steps, parts = whole[1].global_step, options.get("accumulate_grad_batches", 1)
+    for step in range(1, steps + 1):
+        checkpoint = tmp_path / "checkpoints" / f"step={step}.ckpt"
+        resumed = run(make, tmp_path, [], ckpt=str(checkpoint), **options)
+        assert_same_end(whole, resumed, tail=len(whole[2].batches) - step * parts)
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(name: str, tmp_path: Path) -> None:
+    make, options = RUNS[name]
+    saver = ModelCheckpoint(
+        dirpath=tmp_path, filename="{epoch}", every_n_epochs=1, save_on_train_epoch_end=True,
+        save_top_k=-1,
+    )
+    whole = run(make, tmp_path, [saver], **options)
+    per_epoch = len(whole[2].batches) // options["max_epochs"]
+    resumed = run(make, tmp_path, [], ckpt=str(tmp_path / "epoch=0.ckpt"), **options)
+    assert_same_end(whole, resumed, per_epoch * (options["max_epochs"] - 1))
+
+
+def test_a_crash_between_steps_loses_no_micro_batch(tmp_path: Path) -> None:
+    make, options = RUNS["grpo-kl-accumulate-epochs"]
+    whole = run(make, tmp_path, [], **options)
+    for batches in (3, 5, 8):
+        folder = tmp_path / str(batches)
+        saver = ModelCheckpoint(dirpath=folder, filename="crash", save_on_exception=True)
+        with pytest.raises(KeyError):
+            run(make, tmp_path, [saver, StopAfter(batches)], **options)
+        (saved,) = folder.glob("exception*.ckpt") if list(folder.glob("exception*")) else folder.glob("*.ckpt")
+        resumed = run(make, tmp_path, [], ckpt=str(saved), **options)
+        assert resumed[1].global_step == whole[1].global_step
+
+
+class FailsInPhase:
+    """A reward that raises once, in the given call."""
+
+    def __init__(self, call: int) -> None:
+        self.left = call
+        self.__name__ = "share_of_digits"
+
+    def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return [sum(c.isdigit() for c in text) / 4 for text in completions]
+
+
+def test_an_interrupt_during_a_rollout_repeats_that_rollout(tmp_path: Path) -> None:
+    make, options = RUNS["grpo"]
+    whole = run(make, tmp_path, [], **options)
+    saver = ModelCheckpoint(dirpath=tmp_path / "c", filename="x", save_on_exception=True)
+
+    def interrupted():
+        return grpo(kl=KLConfig(coef=0.0)), rollouts(rewards=[FailsInPhase(2)])
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(interrupted, tmp_path, [saver], **options)
+    (saved,) = (tmp_path / "c").glob("*.ckpt")
+    resumed = run(make, tmp_path, [], ckpt=str(saved), **options)
+    assert_same_end(whole, resumed, len(whole[2].batches) - 2)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from tiny import grpo, quiet_trainer, rollouts
+folder, ckpt = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+class Slow(Callback):
+    def on_train_batch_end(self, *args):
+        print("step", flush=True)
+        time.sleep(0.02)
+    def on_rollout_progress(self, *args):
+        time.sleep(0.005)
+saver = ModelCheckpoint(dirpath=folder, filename="last", every_n_train_steps=1,
+                        save_top_k=1, enable_version_counter=False)
+torch.set_num_threads(1)
+seed_everything(1, verbose=False)
+module, data = grpo(), rollouts(steps=2, update_epochs=2)
+trainer = quiet_trainer(folder, callbacks=[saver, Slow()], max_epochs=5)
+trainer.fit(module, data, ckpt_path=ckpt)
+torch.save({"weights": module.state_dict(), "step": trainer.global_step}, folder / "end.pt")
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "run.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(script), str(folder), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def kill_after(process: subprocess.Popen, steps: int, seconds: float) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        steps -= line.startswith("step")
+        if steps <= 0:
+            break
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_kill_9_then_resume_ends_at_the_same_weights(tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole")
+    whole.communicate()
+    assert whole.returncode == 0
+    expected = torch.load(tmp_path / "whole" / "end.pt")
+    folder = tmp_path / "killed"
+    kill_after(start(folder), steps=3, seconds=0.01)  # in an update
+    kill_after(start(folder, str(folder / "last.ckpt")), steps=5, seconds=0.03)  # in a rollout
+    last = start(folder, str(folder / "last.ckpt"))
+    last.communicate()
+    assert last.returncode == 0
+    found = torch.load(folder / "end.pt")
+    assert found["step"] == expected["step"] == 20
+    for name, value in expected["weights"].items():
+        assert torch.equal(value, found["weights"][name]), name
+    assert not list(folder.glob(".partial-*")), "a half-written checkpoint was left behind"
+
+
+def test_a_fresh_fit_of_the_same_data_module_starts_over(tmp_path: Path) -> None:
+    data = rollouts()
+    first = quiet_trainer(tmp_path, max_epochs=2)
+    first.fit(grpo(), data)
+    assert data.epoch == 2
+    second = quiet_trainer(tmp_path, max_epochs=1)
+    second.fit(grpo(), data)
+    assert data.epoch == 1
+
+
+def test_the_loader_is_lazy_sized_and_iterates_without_side_effects(tmp_path: Path) -> None:
+    data = rollouts(steps=2, update_epochs=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2)
+    calls: list[int] = []
+
+    class Count(Callback):
+        def on_rollout_start(self, trainer: Trainer, pl_module: Any, phase: int) -> None:
+            calls.append(phase)
+            loader = data.train_dataloader()
+            assert len(loader) == 12
+            iter(loader)
+
+    trainer.callbacks.append(Count())
+    trainer.fit(grpo(), data)
+    assert calls == [0]
+    assert trainer.global_step == 6

@@ -1,0 +1,96 @@
+"""A language model, a task and data modules small enough for a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rlhf_lightning.algorithms import GRPOModule, SFTModule
+from rlhf_lightning.data import PromptSource, RolloutDataModule, SFTDataModule
+from rlhf_lightning.data.phase import PhaseConfig
+from rlhf_lightning.types import SamplingParams
+
+CHARACTERS = "0123456789+="
+
+
+def tiny_model(seed: int = 0, **config: Any) -> dict[str, Any]:
+    """Options of a random two-layer Llama over digits."""
+    return {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            **config,
+        },
+        "characters": CHARACTERS,
+        "init_seed": seed,
+    }
+
+
+class Sums(PromptSource):
+    """All sums of two digits, or the first ``size`` of them."""
+
+    def __init__(self, size: int = 100) -> None:
+        self.size = size
+
+    def load(self) -> list[dict[str, Any]]:
+        rows = []
+        for a in range(10):
+            for b in range(10):
+                total = str(a + b)
+                rows.append({"prompt": f"{a}+{b}=", "completion": total, "answer": total})
+        return rows[: self.size]
+
+
+def share_of_digits(completions: list[str], **kwargs: Any) -> list[float]:
+    """A dense reward, so that even a random model has something to learn."""
+    return [sum(c.isdigit() for c in text) / 4 for text in completions]
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def grpo(**options: Any) -> GRPOModule:
+    return GRPOModule(tiny_model(), **{"optimizer": adamw, **options})
+
+
+def sft(**options: Any) -> SFTModule:
+    return SFTModule(tiny_model(), **{"optimizer": adamw, **options})
+
+
+def rollouts(steps: int = 2, update_epochs: int = 1, **options: Any) -> RolloutDataModule:
+    defaults: dict[str, Any] = {
+        "prompts": Sums(),
+        "rewards": [share_of_digits],
+        "sampling": SamplingParams(n=4, max_new_tokens=4),
+        "phase": PhaseConfig(prompts=4, steps=steps, update_epochs=update_epochs),
+    }
+    return RolloutDataModule(**{**defaults, **options})
+
+
+def sequences(**options: Any) -> SFTDataModule:
+    return SFTDataModule(**{"dataset": Sums(), "batch_size": 16, **options})
+
+
+def quiet_trainer(folder: Path, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(
+            isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", [])
+        ),
+        "default_root_dir": folder,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**{**defaults, **options})
