@@ -52,7 +52,9 @@ class RolloutCallback(Callback):
             metrics: this rank's means over the phase.
         """
 
-    def on_weights_updated(self, trainer: Trainer, pl_module: LightningModule, version: int) -> None:
+    def on_weights_updated(
+        self, trainer: Trainer, pl_module: LightningModule, version: int
+    ) -> None:
         """Called after the rollout engine has taken over the policy's weights of a phase."""
 
 

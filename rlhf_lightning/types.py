@@ -46,7 +46,7 @@ class Verdict(str, Enum):
         return self in _SCORED
 
     @property
-    def index(self) -> int:
+    def code(self) -> int:
         """Position in the enum: how a verdict is written into a tensor (``-1`` is "none given")."""
         return _INDEX[self]
 
@@ -131,7 +131,7 @@ class Completion:
         logprobs: log-probability of each sampled token under the sampling distribution (after
             temperature, top-k, top-p and min-p). Under greedy decoding, that of temperature 1.
         finish_reason: ``"stop"`` (EOS or a stop token), ``"length"`` or ``"abort"``.
-        weight_versions: ``(version, start, end)`` of the weights that wrote ``token_ids[start:end]``.
+        weight_versions: ``(version, start, end)``: whose weights wrote ``token_ids[start:end]``.
     """
 
     prompt_ids: list[int]
@@ -156,7 +156,9 @@ class RewardFunction(Protocol):
 
     def __call__(
         self, *, prompts: list[Any], completions: list[Any], **kwargs: Any
-    ) -> Sequence[float | None | RewardResult]: ...
+    ) -> Sequence[float | RewardResult | None]:
+        """One score, ``RewardResult`` or None ("not applicable") for each completion."""
+        ...
 
 
 class Batch:
@@ -243,14 +245,14 @@ class RolloutBatch(Batch):
 
     Fields:
         input_ids, attention_mask: ``[B, T]`` int64, prompt and completion, padded on the right.
-        loss_mask: ``[B, T]`` bool, True on sampled tokens (the EOS that the model produced included).
+        loss_mask: ``[B, T]`` bool, True on sampled tokens (an EOS that the model wrote included).
         rollout_logprobs: ``[B, T]`` float32, the engine's, under the sampling distribution.
         old_logprobs: ``[B, T]`` float32, the trainer's at the time of the rollout.
         ref_logprobs: ``[B, T]`` float32, the frozen reference model's.
         advantages: ``[B, T]`` float32.
         rewards: ``[B, R]`` float32, 0 where ``reward_valid`` is False.
         reward_valid: ``[B, R]`` bool, False where a function gave no score.
-        verdicts: ``[B, R]`` int64, ``Verdict.index`` or -1.
+        verdicts: ``[B, R]`` int64, ``Verdict.code`` or -1.
         step_rewards, step_ends: ``[B, T]``, process rewards and the last token of each step.
         group_ids: ``[B]`` int64, the same for completions of the same prompt.
         truncated: ``[B]`` bool, True where the length limit ended the completion.

@@ -35,7 +35,6 @@ class Trace(Callback):
         self.batches.append((trainer.global_step, batch.input_ids.tolist(), loss, noise))
 
 
-
 class Memory(DummyLogger):
     """A logger that keeps what it is given, but for times."""
 
@@ -83,7 +82,9 @@ def every_step(folder: Path) -> ModelCheckpoint:
 def assert_same_end(whole: Any, resumed: Any, tail: int) -> None:
     (module, trainer, trace), (module2, trainer2, trace2) = whole, resumed
     assert trainer2.global_step == trainer.global_step
-    for (name, a), b in zip(module.state_dict().items(), module2.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        module.state_dict().items(), module2.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     moments = [t.optimizers[0].state_dict()["state"] for t in (trainer, trainer2)]
     for key, state in moments[0].items():
@@ -92,7 +93,9 @@ def assert_same_end(whole: Any, resumed: Any, tail: int) -> None:
     assert trace2.batches == trace.batches[len(trace.batches) - tail :]
     figures, figures2 = trainer.logger.rows, trainer2.logger.rows
     assert len(figures2) > 0 or tail == 0
-    for (step, row), (step2, row2) in zip(figures[len(figures) - len(figures2) :], figures2, strict=True):
+    for (step, row), (step2, row2) in zip(
+        figures[len(figures) - len(figures2) :], figures2, strict=True
+    ):
         assert step2 == step
         assert {k: (row[k], v) for k, v in row2.items() if row[k] != v} == {}
         assert row.keys() == row2.keys()
@@ -145,7 +148,10 @@ def test_resume_from_every_step_is_exact(name: str, tmp_path: Path) -> None:
 def test_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(name: str, tmp_path: Path) -> None:
     make, options = RUNS[name]
     saver = ModelCheckpoint(
-        dirpath=tmp_path, filename="{epoch}", every_n_epochs=1, save_on_train_epoch_end=True,
+        dirpath=tmp_path,
+        filename="{epoch}",
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
         save_top_k=-1,
     )
     whole = run(make, tmp_path, [saver], **options)
@@ -162,7 +168,11 @@ def test_a_crash_between_steps_loses_no_micro_batch(tmp_path: Path) -> None:
         saver = ModelCheckpoint(dirpath=folder, filename="crash", save_on_exception=True)
         with pytest.raises(KeyError):
             run(make, tmp_path, [saver, StopAfter(batches)], **options)
-        (saved,) = folder.glob("exception*.ckpt") if list(folder.glob("exception*")) else folder.glob("*.ckpt")
+        (saved,) = (
+            folder.glob("exception*.ckpt")
+            if list(folder.glob("exception*"))
+            else folder.glob("*.ckpt")
+        )
         resumed = run(make, tmp_path, [], ckpt=str(saved), **options)
         assert resumed[1].global_step == whole[1].global_step
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf_lightning.core.module import BaseModule
 from rlhf_lightning.models.policy import CausalPolicy
 from rlhf_lightning.models.reference import frozen_copy
-from rlhf_lightning.rollout.collector import reward_metrics
+from rlhf_lightning.rollout.collector import record_completions
 from rlhf_lightning.types import RolloutBatch, StepPlan
 
 
@@ -42,9 +42,7 @@ class PolicyGradientModule(BaseModule):
             with_entropy=with_entropy,
         )
 
-    def rollout_logprobs(
-        self, policy: nn.Module, batch: RolloutBatch, plan: StepPlan
-    ) -> Tensor:
+    def rollout_logprobs(self, policy: nn.Module, batch: RolloutBatch, plan: StepPlan) -> Tensor:
         """``[B, T]`` log-probabilities of all rollouts, computed micro-batch by micro-batch.
 
         On the very micro-batches that training will use: kernels round differently for other
@@ -74,14 +72,7 @@ class PolicyGradientModule(BaseModule):
 
     def evaluation_step(self, batch: RolloutBatch) -> None:
         """Count the rewards of held-out prompts that the data module has answered and scored."""
-        metrics = self.evaluation_metrics
-        batch = batch.to("cpu")
-        keep = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
-        for name, (total, count) in reward_metrics(batch).items():
-            metrics.add(name, total, count)
-        lengths = batch.loss_mask.sum(dim=1)[keep]
-        metrics.add("completions/mean_length", lengths.sum(), len(lengths))
-        metrics.add("completions/clipped_ratio", batch.truncated[keep].sum(), len(lengths))
+        record_completions(batch.to("cpu"), self.evaluation_metrics)
 
     def predict_step(self, batch: RolloutBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The answered prompts themselves: prompt, completion, rewards, verdicts."""

@@ -21,9 +21,9 @@ from rlhf_lightning.functional import (
     kl_estimate,
     loss_units,
     masked_sum,
+    total_rewards,
 )
 from rlhf_lightning.models.loading import ModelConfig
-from rlhf_lightning.rewards.combine import total_rewards
 from rlhf_lightning.types import RolloutBatch, StepPlan
 
 
@@ -83,8 +83,8 @@ class KLConfig:
 
     Args:
         coef: its weight (beta); 0 needs no reference model.
-        placement: ``"loss"`` adds it to the loss of each token (GRPO), ``"reward"`` takes it off the
-            completion's reward before groups are compared (PPO's way).
+        placement: ``"loss"`` adds it to the loss of each token (GRPO), ``"reward"`` takes it off
+            the completion's reward before groups are compared (PPO's way).
         estimator: ``"k1"``, ``"k2"`` or ``"k3"`` (joschu.net/blog/kl-approx.html); by default k3 in
             the loss and k1 in the reward.
     """

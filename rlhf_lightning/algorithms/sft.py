@@ -39,15 +39,23 @@ class SFTModule(BaseModule):
     ) -> None:
         super().__init__(model, tokenizer, optimizer, lr_scheduler)
         self.save_options()
+        self._step_loss = torch.zeros(())
 
-    shown_in_progress_bar = frozenset({"train/loss", "eval/loss"})
+    shown_in_progress_bar = frozenset({"train/loss_epoch", "eval/loss"})
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of a micro-batch over the token count of its whole optimizer step."""
+        assert batch.loss_denominator is not None
         loss = aggregate_loss(-self._logprobs(batch), batch.loss_mask, batch.loss_denominator)
-        self.phase_metrics.add("train/loss", loss)
-        self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.phase_metrics.add("train/loss_epoch", loss)
+        self._step_loss = self._step_loss.to(loss.device) + loss.detach()
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log ``train/loss``: the mean over all marked tokens of the step, on all ranks."""
+        loss = self._step_loss / self.trainer.accumulate_grad_batches
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self._step_loss = torch.zeros((), device=self.device)
 
     def _logprobs(self, batch: SequenceBatch) -> Tensor:
         assert self.policy is not None

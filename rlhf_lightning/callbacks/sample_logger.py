@@ -118,7 +118,7 @@ def _number(value: float | None) -> str:
 
 
 def as_code(text: str, max_characters: int) -> str:
-    """One line of inline code: escapes for control characters, no backticks, no pipes, cut to size."""
+    """One line of inline code: control characters escaped, no backticks or pipes, cut to size."""
     shown = text[:max_characters] + ("…" if len(text) > max_characters else "")
     inert = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
     return "`" + inert.replace("`", "'").replace("|", "¦") + "`"

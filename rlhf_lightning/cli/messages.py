@@ -16,116 +16,135 @@ _UNKNOWN_OPTION = re.compile(
     r"(?:Group '(?P<group>[^']+)' does not accept option|Subcommand '\w+' does not accept option"
     r"|Option) '(?P<name>[^']+)'(?: is not accepted)?"
 )
-_UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-_UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: (--?[^\s=]+)")
-_MISSING = re.compile(r'(?:Key "(?P<key>[^"]+)" is required|arguments are required: (?P<keys>.+))')
+_UNKNOWN_FLAG = re.compile(r"unrecognized arguments: --([^\s=+]+)")
+_NO_SUCH_CLASS = re.compile(
+    r"(?:Expected a dot import path string: (?P<name>\S+)|No module named '(?P<package>[^']+)'"
+    r"|module '(?P<module>[^']+)' has no attribute '(?P<attribute>[^']+)')"
+)
+_MISSING = re.compile(r'Key "(?P<key>[^"]+)" is required|arguments are required: (?P<keys>[^\n]+)')
 _GIVEN = re.compile(r"(?:Got value|Given value): (?P<value>.+)")
-_HINT = re.compile(r"(?:Did you mean|Known): .*")
+_HINT = re.compile(r"Did you mean: .*|It has: .*")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``Did you mean: x?`` with the known name nearest to ``name``, or what is known."""
-    known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"Did you mean: {near[0]}?"
-    return f"Known: {', '.join(known)}" if known else ""
+    """The known name nearest to ``name``, empty if none is near."""
+    near = difflib.get_close_matches(name, sorted(set(known)), n=1)
+    return near[0] if near else ""
 
 
-def option_hint(message: str, known: Iterable[str]) -> str:
-    """The nearest option for a message that complains of an unknown one; empty for other messages.
+def hint(message: str, options: Iterable[str], classes: Iterable[str]) -> str:
+    """``Did you mean: x?`` for a message about an unknown option or class; empty for others.
 
     Args:
-        message: what the parser says.
-        known: the options of that parser, with dots.
+        message: what a parser says.
+        options: that parser's options, with dots.
+        classes: names of classes that a configuration may use.
     """
-    argument = _UNKNOWN_ARGUMENT.match(message)
-    if argument is not None:
-        flags = [f"--{name}" for name in known]
-        return nearest(argument[1], flags) if difflib.get_close_matches(argument[1], flags) else ""
-    option = _UNKNOWN_OPTION.match(message)
-    if option is None:
-        return ""
-    name, prefix = option["name"], ""
-    if option["group"]:
-        prefix = f"{option['group']}."
-    elif "." in name:
-        prefix = name.rpartition(".")[0] + "."
-        name = name.rpartition(".")[2]
-    inside = [key[len(prefix) :] for key in known if key.startswith(prefix)]
-    return nearest(name, {key.partition(".")[0] for key in inside or known})
+    if option := _UNKNOWN_OPTION.match(message):
+        group = f"{option['group']}." if option["group"] else ""
+        return _option_hint(group + option["name"], list(options), "")
+    if flag := _UNKNOWN_FLAG.match(message):
+        return _option_hint(flag[1], list(options), "--")
+    if unknown := _NO_SUCH_CLASS.search(message):
+        name = unknown["name"] or unknown["attribute"] or ""
+        near = nearest(name, classes)
+        return f"Did you mean: {near}?" if near not in ("", name) else ""
+    return ""
 
 
-def class_hint(message: str, known: Iterable[str]) -> str:
-    """The nearest class name for a message about a name without dots that is no class."""
-    unknown = _UNKNOWN_CLASS.search(message)
-    if unknown is None or not difflib.get_close_matches(unknown[1], list(known), n=1):
-        return ""
-    return nearest(unknown[1], known)
+def _option_hint(name: str, options: list[str], dashes: str) -> str:
+    """Follow the dots as far as they lead, then name what is nearest to the first wrong part."""
+    parts = name.split(".")
+    right = 0
+    while right < len(parts) and _inside(options, parts[: right + 1]):
+        right += 1
+    wrong = parts[right] if right < len(parts) else parts[-1]
+    known = _inside(options, parts[:right], children=True)
+    near = nearest(wrong, known)
+    if near:
+        corrected = [*parts[:right], near, *parts[right + 1 :]] if dashes else [near]
+        return f"Did you mean: {dashes}{'.'.join(corrected)}?"
+    return f"It has: {', '.join(sorted(known))}" if known and not dashes else ""
+
+
+def _inside(options: list[str], parts: list[str], children: bool = False) -> set[str]:
+    """The options at or below a place, or the names of its direct children."""
+    below = [option.split(".") for option in options]
+    below = [option for option in below if option[: len(parts)] == parts]
+    if children:
+        return {option[len(parts)] for option in below if len(option) > len(parts)}
+    return {".".join(option) for option in below}
 
 
 def explain(message: str, error: BaseException | None) -> str:
     """What is wrong, where it is and what to do, in one or two sentences.
 
     Args:
-        message: the parser's own message.
+        message: the outermost parser's message.
         error: the exception behind it.
 
     Returns:
-        The explanation; the message itself where it cannot be made shorter.
+        The explanation; the message itself where it is of no known kind.
     """
     where: list[str] = []
     owner = ""
     texts = [message, *(text for text in _chain(error) if text != message)]
     for text in texts:
         key = _KEY.match(text)
-        if key is not None and not (where and where[-1].endswith(key[1])):
+        if key is not None and not (where and where[-1] == key[1]):
             where.append(key[1])
-        owned = _OWNER.match(text)
-        if owned is not None:
+            owner = ""
+        if owned := _OWNER.match(text):
             owner = owned[1].rpartition(".")[2]
-    cause = _cause(texts, owner)
-    if cause is None:
-        return message
-    place = ".".join(where)
-    return f"{place}: {cause}" if place else cause
+    found = next((hit[0] for text in reversed(texts) if (hit := _HINT.search(text))), "")
+    for text in reversed(texts):
+        cause = _cause(text, texts, owner)
+        if cause is not None:
+            place = f"{'.'.join(where)}: " if where else ""
+            return f"{place}{cause} {found}".rstrip()
+    return message
 
 
 def _chain(error: BaseException | None) -> Iterator[str]:
     """The texts of an exception and its causes, from the outside in."""
     while error is not None:
-        yield error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        yield str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         error = error.__cause__
 
 
-def _cause(texts: list[str], owner: str) -> str | None:
-    """The sentence for the innermost text that is understood."""
-    hint = next((found[0] for text in reversed(texts) if (found := _HINT.search(text))), "")
-    for text in reversed(texts):
-        if unknown := _UNKNOWN_OPTION.match(text):
-            of = f" of {owner}" if owner and not unknown["group"] else ""
-            group = f"{unknown['group']}." if unknown["group"] else ""
-            return f"there is no option {group}{unknown['name']}{of}. {hint}".rstrip()
-        if unknown := _UNKNOWN_CLASS.search(text):
-            return f"there is no class or function {unknown[1]!r}. {hint}".rstrip()
-        if unknown := _UNKNOWN_ARGUMENT.match(text):
-            return f"there is no option {unknown[1]}. {hint}".rstrip()
-        if missing := _MISSING.search(text):
-            keys = missing["key"] or missing["keys"]
-            of = f" of {owner}" if owner else ""
-            return f"{keys}{of} is required and was not given"
-        if "Expected" in text and "\n" not in text:
-            return _wrong_value(texts, text)
+def _cause(text: str, texts: list[str], owner: str) -> str | None:
+    """The sentence for one text of the chain, None if it says nothing by itself."""
+    of = f" of {owner}" if owner else ""
+    if unknown := _UNKNOWN_OPTION.match(text):
+        group = f"{unknown['group']}." if unknown["group"] else ""
+        return f"there is no option {group}{unknown['name']}{of}."
+    if unknown := _UNKNOWN_FLAG.match(text):
+        return f"there is no option --{unknown[1]}."
+    if unknown := _NO_SUCH_CLASS.search(text):
+        dotted = f"{unknown['module']}.{unknown['attribute']}"
+        name = unknown["name"] or unknown["package"] or dotted
+        return f"there is no class or function {name!r} for it."
+    if missing := _MISSING.search(text):
+        keys = missing["key"] or re.sub(r"\b(?:fit|validate|test|predict)\.", "--", missing["keys"])
+        return f"{keys}{of} must be given"
+    if "Expected" in text and "\n" not in text:
+        return _wrong_value(text, texts)
+    if _KEY.match(text) and "\n" not in text:
+        return _KEY.sub("", text).strip()
     return None
 
 
-def _wrong_value(texts: list[str], text: str) -> str:
-    expected, _, value = text.partition(". Got value: ")
-    expected = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", expected).replace("typing.", "")
-    expected = expected[0].lower() + expected[1:]
+def _wrong_value(text: str, texts: list[str]) -> str:
+    """``expected int, got 'a'.``, with the nearest choice where there are choices."""
+    expected, _, value = _KEY.sub("", text).strip().partition(". Got value: ")
+    expected = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", expected)
+    expected = re.sub(r"^Expected (?:a |an )?", "", expected)
     if not value:
-        given = next((found for t in reversed(texts) if (found := _GIVEN.search(t))), None)
+        given = next((hit for t in reversed(texts) if (hit := _GIVEN.search(t))), None)
         value = given["value"] if given is not None else ""
     choices = re.findall(r"'([^']*)'", expected) if "Literal" in expected else []
-    hint = nearest(value, choices) if difflib.get_close_matches(value, choices) else ""
-    return f"{expected}, got {value}. {hint}".rstrip() if value else expected
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    near = nearest(value, choices)
+    found = f", got {value!r}." if value else "."
+    return f"expected {expected}{found}" + (f" Did you mean: {near}?" if near else "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -18,20 +19,20 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 import rlhf_lightning
-from rlhf_lightning.cli.messages import class_hint, explain, option_hint
+from rlhf_lightning.cli.messages import explain, hint
 from rlhf_lightning.cli.yaml_files import parse_yaml
 
 DEBUG = "RLHF_LIGHTNING_DEBUG"
 PARSER_MODE = "rlhf_lightning"
 
 
-def import_all() -> dict[str, str]:
-    """Import every public module of the package, so that short class names can be resolved.
+@cache
+def public_classes() -> dict[str, type]:
+    """The package's public classes by their short names.
 
-    Returns:
-        The package's public classes: short name to import path.
+    Importing all of it is also what lets jsonargparse find them. There is no list to keep.
     """
-    classes: dict[str, str] = {}
+    classes: dict[str, type] = {}
     prefix = f"{rlhf_lightning.__name__}."
     for info in pkgutil.walk_packages(rlhf_lightning.__path__, prefix):
         names = info.name.split(".")
@@ -40,8 +41,12 @@ def import_all() -> dict[str, str]:
         for name, value in vars(import_module(info.name)).items():
             public = isinstance(value, type) and not name.startswith("_")
             if public and value.__module__ == info.name:
-                classes[name] = f"{info.name}.{name}"
+                classes[name] = value
     return classes
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def debugging() -> bool:
@@ -50,8 +55,8 @@ def debugging() -> bool:
 
 
 def class_names() -> set[str]:
-    """Short names that a configuration may use: this package's classes and Lightning's and torch's."""
-    bases = (
+    """Short names that a configuration may use: of this package, of Lightning and of torch."""
+    bases: tuple[type, ...] = (
         pl.LightningModule,
         pl.LightningDataModule,
         pl.Callback,
@@ -60,8 +65,10 @@ def class_names() -> set[str]:
         torch.optim.Optimizer,
         torch.optim.lr_scheduler.LRScheduler,
     )
-    named = {cls.__name__ for base in bases for cls in _subclasses(base)}
-    return {name for name in named if not name.startswith("_")} | set(import_all())
+    names = set(public_classes())
+    for base in bases:
+        names.update(cls.__name__ for cls in _subclasses(base) if not cls.__name__.startswith("_"))
+    return names
 
 
 def _subclasses(base: type) -> Iterator[type]:
@@ -73,24 +80,43 @@ def _subclasses(base: type) -> Iterator[type]:
 def load_config(text: str) -> Any:
     """The value of a configuration file, or of an option that is given as YAML.
 
-    Short names of this package's classes become import paths: jsonargparse resolves them by itself
-    where an option's type is a class, but not where it is any callable (a reward).
+    jsonargparse resolves short class names where an option's type is a class, but not where it is
+    any callable, as that of a reward is. Those become import paths here.
     """
     value = get_loader("yaml")(text)
     if isinstance(value, (dict, list)):
         parse_yaml(text)
-        value = _with_import_paths(value, import_all())
+        value = _with_import_paths(value)
     return value
 
 
-def _with_import_paths(value: Any, classes: dict[str, str]) -> Any:
+def expand_rewards(arguments: Sequence[str]) -> list[str]:
+    """The same for a reward that is named in an option: ``--data.rewards+=MathReward``."""
+    rewards = _rewards()
+    split = [argument.rpartition("=") for argument in arguments]
+    return [flag + equals + rewards.get(value, value) for flag, equals, value in split]
+
+
+@cache
+def _rewards() -> dict[str, str]:
+    package = f"{rlhf_lightning.__name__}.rewards."
+    return {
+        name: _path(cls)
+        for name, cls in public_classes().items()
+        if cls.__module__.startswith(package) and "__call__" in vars(cls)
+    }
+
+
+def _with_import_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        value = {key: _with_import_paths(item, classes) for key, item in value.items()}
-        name = value.get("class_path")
-        if isinstance(name, str):
-            value["class_path"] = classes.get(name, name)
-    elif isinstance(value, list):
-        value = [_with_import_paths(item, classes) for item in value]
+        value = {key: _with_import_paths(item) for key, item in value.items()}
+        cls = public_classes().get(str(value.get("class_path")))
+        return value if cls is None else {**value, "class_path": _path(cls)}
+    if isinstance(value, list):
+        return [
+            _rewards().get(item, item) if isinstance(item, str) else _with_import_paths(item)
+            for item in value
+        ]
     return value
 
 
@@ -104,14 +130,20 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Name the nearest valid option or class; exit with status 2 where the parser is the outermost."""
-        if "Did you mean" not in message and "Known:" not in message:
-            known = [action.dest for action in self._actions if action.dest != "help"]
-            hint = option_hint(message, known) or class_hint(message, class_names())
-            message = f"{message}. {hint}" if hint else message
-        if not self.exit_on_error:
-            super().error(message, ex)
-        if debugging():
+        """Name the nearest valid option or class; the outermost parser exits with status 2."""
+        if "Did you mean: " not in message and "It has: " not in message:
+            advice = hint(message, self._options(), class_names())
+            message = f"{message}. {advice}" if advice else message
+        if not self.exit_on_error or debugging():
             super().error(message, ex)
         sys.stderr.write(f"error: {explain(message, ex)}\n")
         self.exit(2)
+
+    def _options(self) -> Iterator[str]:
+        """Names of the options of this parser and its subcommands."""
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                for subparser in action.choices.values():
+                    yield from subparser._options()
+            elif action.dest not in ("help", "print_config", "print_shtab"):
+                yield action.dest

@@ -1,7 +1,8 @@
-"""``fit``, ``validate``, ``test`` and ``predict``: Lightning's command line with this package's names."""
+"""``fit``, ``validate``, ``test`` and ``predict``: Lightning's command line, with our classes."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,11 +10,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from rlhf_lightning.cli.parser import DEBUG, PARSER_MODE, Parser, debugging, import_all
+from rlhf_lightning.cli.parser import (
+    DEBUG,
+    PARSER_MODE,
+    Parser,
+    debugging,
+    expand_rewards,
+    public_classes,
+)
+from rlhf_lightning.events import RolloutCallback
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # A phase has few optimizer steps; Lightning's interval of 50 would miss most of them.
@@ -25,9 +34,7 @@ _REFUSALS = (ValueError, OSError, MisconfigurationException, ModuleNotFoundError
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` beside the logs, again on every run; without a logger, nowhere but in
-    a folder that was asked for.
-    """
+    """Writes ``config.yaml`` beside the logs, replacing the one of an earlier run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the configuration, unless it would land in the working directory."""
@@ -35,23 +42,54 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class ComputeStarted(Callback):
-    """Remembers that checks are over and compute is being spent: errors are crashes from then on."""
+class ComputeStarted(RolloutCallback):
+    """Remembers that checks are over and compute is being spent: later errors are crashes."""
 
     def __init__(self) -> None:
         self.started = False
 
-    def _start(self, trainer: Trainer, *_: Any) -> None:
+    def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule, phase: int) -> None:
+        """Rollouts come before the first batch."""
+        self.started = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The first batch."""
+        self.started = True
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The first batch, unless it is of the sanity check: training data are read after that."""
         self.started = self.started or not trainer.sanity_checking
 
-    def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule, phase: int) -> None:
-        """The first rollouts."""
-        self._start(trainer)
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The first batch."""
+        self.started = True
 
-    on_train_batch_start = _start
-    on_validation_batch_start = _start
-    on_test_batch_start = _start
-    on_predict_batch_start = _start
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The first batch."""
+        self.started = True
 
 
 class RLHFCLI(LightningCLI):
@@ -70,26 +108,26 @@ class RLHFCLI(LightningCLI):
         check_only: bool = False,
     ) -> None:
         self.check_only = check_only
-        import_all()
-        argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns where both have arguments
-        try:
-            super().__init__(
-                LightningModule,
-                LightningDataModule,
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                trainer_defaults={**TRAINER_DEFAULTS, "callbacks": list(callbacks)},
-                seed_everything_default=0,
-                parser_kwargs={"parser_mode": PARSER_MODE, "prog": "rlhf-lightning"},
-                parser_class=Parser,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                args=list(arguments),
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-            )
-        finally:
-            sys.argv = argv
+        public_classes()
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": list(callbacks)},
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": PARSER_MODE, "prog": "rlhf-lightning"},
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=expand_rewards(arguments),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse. Unlike Lightning's, without a warning that ``sys.argv`` has arguments as well."""
+        self.config = parser.parse_args(args)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -106,9 +144,9 @@ class RLHFCLI(LightningCLI):
         Lightning's own method puts the checkpoint's hyperparameters over them, without a word.
         """
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in _SPECIAL_CHECKPOINTS and "://" not in path:
-            if not Path(path).exists():
-                raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path!r}")
+        local = path and path not in _SPECIAL_CHECKPOINTS and "://" not in path
+        if local and not Path(path).exists():
+            raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path!r}")
 
     def _set_seed(self) -> None:
         if not self.check_only:
@@ -137,6 +175,8 @@ def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
     compute = ComputeStarted()
     try:
         return RLHFCLI(arguments, callbacks=[compute])
+    except SIGTERMException as error:  # Lightning's has no exit status, which would mean success
+        raise SystemExit(128 + signal.SIGTERM) from error
     except (*_REFUSALS, TypeError) as error:
         if debugging() or compute.started or not _is_refusal(error):
             raise
@@ -145,13 +185,13 @@ def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
 
 def refuse(error: BaseException) -> NoReturn:
     """Say what is wrong and exit with status 2."""
-    if rank_zero_only.rank in (None, 0):
+    if getattr(rank_zero_only, "rank", 0) == 0:
         sys.stderr.write(f"error: {error}\n(the traceback: {DEBUG}=1)\n")
     raise SystemExit(2) from error
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether the error was raised on purpose: a TypeError only if this package raised it itself."""
+    """Whether it was raised on purpose: of TypeErrors, only those that this package raised."""
     if not isinstance(error, TypeError):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename

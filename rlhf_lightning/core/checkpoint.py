@@ -17,7 +17,7 @@ _PARTIAL = ".partial-"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, and renames, so that the old file stands until the new one does.
+    """Writes beside the target, syncs, and renames: the old file stands until the new one does.
 
     Lightning's own writer goes through ``$TMPDIR``; where that is another file system the last step
     is a copy, and a kill in the middle of it destroys the previous checkpoint. Reading never
@@ -106,7 +106,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, is no checkpoint, or holds code; or is a web address.
+            ValueError: if the file is damaged, is no checkpoint or holds code, or is a web address.
         """
         if str(path).startswith(("http://", "https://")):
             raise ValueError(f"{path}: checkpoints are not read from the web. Download it first")

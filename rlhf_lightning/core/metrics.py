@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ class PhaseMetrics:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Any, Any]] = {}
+        self._counts: dict[str, Any] = {}
         self._extremes: dict[str, tuple[str, Any]] = {}
 
     def add(self, name: str, total: Number, count: Number = 1) -> None:
@@ -30,10 +30,18 @@ class PhaseMetrics:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + total, old_count + count)
 
-    def add_means(self, means: Mapping[str, Number], count: Number = 1) -> None:
-        """Add means of ``count`` observations each."""
-        for name, mean in means.items():
-            self.add(name, _detached(mean) * count, count)
+    def count(self, name: str, number: Number) -> None:
+        """Add to a plain count (of timeouts, say), summed over the phase and the ranks."""
+        self._counts[name] = self._counts.get(name, 0.0) + _detached(number)
+
+    def merge(self, other: PhaseMetrics, prefix: str = "") -> None:
+        """Take in everything that ``other`` has seen, under names with a prefix."""
+        for name, (total, count) in other._sums.items():
+            self.add(prefix + name, total, count)
+        for name, number in other._counts.items():
+            self.count(prefix + name, number)
+        for name, (kind, value) in other._extremes.items():
+            self.extreme(prefix + name, value, kind)
 
     def extreme(self, name: str, value: Number, kind: str) -> None:
         """Keep the smallest (``kind="min"``) or largest (``"max"``) value under ``name``."""
@@ -45,28 +53,27 @@ class PhaseMetrics:
 
     def compute(self) -> dict[str, float]:
         """The figures over all ranks. A mean without observations is left out."""
-        sums: dict[str, list[float]] = {}
-        extremes: dict[str, tuple[str, float]] = {}
-        for state in gather_objects(self.state_dict()):
-            for name, (total, count) in state["sums"].items():
-                entry = sums.setdefault(name, [0.0, 0.0])
-                entry[0] += total
-                entry[1] += count
-            for name, (kind, value) in state["extremes"].items():
-                pick = min if kind == "min" else max
-                extremes[name] = (kind, pick(value, extremes.get(name, (kind, value))[1]))
-        means = {name: total / count for name, (total, count) in sums.items() if count}
-        return means | {name: value for name, (_, value) in extremes.items()}
+        return _figures(gather_objects(self.state_dict()))
+
+    def local(self) -> dict[str, float]:
+        """The figures of this rank alone."""
+        return _figures([self.state_dict()])
 
     def reset(self) -> None:
         """Forget everything."""
         self._sums.clear()
+        self._counts.clear()
         self._extremes.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's figures, as plain numbers."""
         sums = {name: [float(total), float(count)] for name, (total, count) in self._sums.items()}
-        return {"sums": sums, "extremes": {k: [kind, float(v)] for k, (kind, v) in self._extremes.items()}}
+        counts = {name: float(number) for name, number in self._counts.items()}
+        return {
+            "sums": sums,
+            "counts": counts,
+            "extremes": {k: [kind, float(v)] for k, (kind, v) in self._extremes.items()},
+        }
 
     def gathered_state(self) -> dict[str, Any]:
         """Every rank's figures, for a checkpoint that rank 0 writes."""
@@ -78,11 +85,30 @@ class PhaseMetrics:
         if rank() < len(state["ranks"]):
             mine = state["ranks"][rank()]
             self._sums = {name: (total, count) for name, (total, count) in mine["sums"].items()}
-            self._extremes = {name: (kind, value) for name, (kind, value) in mine["extremes"].items()}
+            self._counts = dict(mine["counts"])
+            self._extremes = {
+                name: (kind, value) for name, (kind, value) in mine["extremes"].items()
+            }
+
+
+def _figures(states: list[dict[str, Any]]) -> dict[str, float]:
+    sums: dict[str, list[float]] = {}
+    figures: dict[str, float] = {}
+    for state in states:
+        for name, (total, count) in state["sums"].items():
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += total
+            entry[1] += count
+        for name, number in state["counts"].items():
+            figures[name] = figures.get(name, 0.0) + number
+        for name, (kind, value) in state["extremes"].items():
+            pick = min if kind == "min" else max
+            figures[name] = pick(value, figures.get(name, value))
+    return {name: total / count for name, (total, count) in sums.items() if count} | figures
 
 
 def _detached(value: Number) -> Any:
-    """As float64, like Python's own numbers, so that a restored figure goes on as the same figure."""
+    """As float64, like Python's numbers: a figure that is saved and restored stays the same."""
     if not isinstance(value, Tensor):
         return float(value)
     value = value.detach()

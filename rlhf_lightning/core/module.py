@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -106,16 +105,16 @@ class BaseModule(LightningModule):
         self.build_frozen_models()
 
     def build_frozen_models(self) -> None:
-        """Put what is needed but never trained into ``self.frozen`` (before a resume loads weights)."""
+        """Put what is never trained into ``self.frozen`` (before a resume loads weights)."""
 
     def setup(self, stage: str) -> None:
         """Check the Trainer's settings and install crash-safe checkpoint writing."""
         trainer = self.trainer
         both = trainer.max_steps != -1 and trainer.max_epochs not in (None, -1)
-        if stage == "fit" and both and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and both and not trainer.fast_dev_run:
             raise ValueError(
-                f"the Trainer has max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps}:"
-                " with both, a run that resumes at the end of an epoch skips the next one. Set one"
+                f"the Trainer has max_epochs={trainer.max_epochs} and"
+                f" max_steps={trainer.max_steps}: with both, a run that resumes at the end of an epoch skips the next one. Set one"
             )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -229,14 +228,14 @@ class BaseModule(LightningModule):
     @classmethod
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | os.PathLike[str] | IO,
+        checkpoint_path: str | Path | IO,
         map_location: Any = None,
         hparams_file: Any = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Lightning's ``load_from_checkpoint``, which here never unpickles code and reads no URL."""
+        """Lightning's ``load_from_checkpoint``, but it never unpickles code and reads no URL."""
         if str(checkpoint_path).startswith(("http://", "https://")):
             raise ValueError(f"{checkpoint_path}: checkpoints are not read from the web")
         return super().load_from_checkpoint(
@@ -270,5 +269,3 @@ def save_pretrained_atomically(
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-

@@ -30,7 +30,7 @@ class RolloutProgress(RolloutCallback):
             shown = bar.train_progress_bar
             self._before = (shown.desc, shown.total, shown.n)
         elif isinstance(bar, RichProgressBar) and bar.progress is not None:
-            task = bar.progress.tasks[bar.train_progress_bar_id]
+            task = bar.train_progress_bar
             self._before = (task.description, task.total, task.completed)
 
     def on_rollout_progress(
@@ -61,7 +61,6 @@ class RolloutProgress(RolloutCallback):
             shown.desc, shown.total, shown.n = description, total, done
             shown.refresh()
         elif isinstance(bar, RichProgressBar):
-            bar.progress.update(
-                bar.train_progress_bar_id, description=description, total=total, completed=done
-            )
+            task = bar.train_progress_bar
+            task.description, task.total, task.completed = description, total, done
             bar.refresh()

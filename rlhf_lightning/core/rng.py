@@ -14,7 +14,8 @@ from rlhf_lightning.core.distributed import gather_objects, rank
 
 def _capture() -> dict[str, Any]:
     """The state of every generator, as tensors and primitives (``weights_only`` can load them)."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),

@@ -37,7 +37,7 @@ class AnswerLoader:
     Args:
         prompts: how many held-out prompts there are.
         batch_size: prompts answered at a time, per process.
-        answer: given places in the held-out set and ``[len(places)]`` which of them count, the batch.
+        answer: makes the batch, given places in the held-out set and which of them count.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from rlhf_lightning.types import StepPlan
 def balanced_cut(lengths: list[int], parts: int) -> list[int]:
     """Cut a sorted list into consecutive parts so that the largest padded part is smallest.
 
-    The padded size of a part is its number of rows times its longest row: what a forward pass costs.
+    The padded size of a part is its rows times its longest row: what a forward pass costs.
 
     Args:
         lengths: row lengths in ascending order.
@@ -29,7 +29,8 @@ def balanced_cut(lengths: list[int], parts: int) -> list[int]:
 
     def cut(limit: int) -> list[int] | None:
         """Parts filled greedily up to ``limit`` padded tokens, if that takes at most ``parts``."""
-        sizes, start = [], 0
+        sizes: list[int] = []
+        start = 0
         while start < rows:
             left = parts - len(sizes)
             if left == 0:
@@ -105,8 +106,8 @@ def check_token_budget(plan: StepPlan, lengths: Tensor, limit: int | None) -> No
             if _largest_part(step_lengths, parts) <= limit
         )
         raise ValueError(
-            f"a micro-batch has {worst} padded tokens, more than max_tokens_per_micro_batch={limit}."
-            f" Set the Trainer's accumulate_grad_batches to {parts} (it is {len(micro_batches)})"
+            f"a micro-batch has {worst} padded tokens, more than"
+            f" max_tokens_per_micro_batch={limit}. Set the Trainer's accumulate_grad_batches to {parts} (it is {len(micro_batches)})"
         )
 
 

@@ -105,7 +105,7 @@ class ResumableDataModule(LightningDataModule):
         """Where every rank stands. Runs on all ranks; rank 0's dictionary reaches the file."""
         cursor = self._cursor
         if self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             # an exception between fetching a micro-batch and training on it: it is still to be done
             cursor -= int(progress.ready != progress.processed)
         mine = {"cursor": cursor, "state": self.epoch_state() if self._live else None}
@@ -124,8 +124,8 @@ class ResumableDataModule(LightningDataModule):
         else:
             warnings.warn(
                 f"the checkpoint was written by {len(ranks)} processes and is resumed by"
-                f" {world_size()}: the data of its unfinished epoch are made anew, so this resume is"
-                " correct but not bit for bit",
+                f" {world_size()}: the data of its unfinished epoch are made anew, so this resume"
+                " is correct but not bit for bit",
                 stacklevel=2,
             )
             self._remake = True

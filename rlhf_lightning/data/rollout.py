@@ -154,7 +154,9 @@ class RolloutDataModule(ResumableDataModule):
                 self.validation.prompts, "validation.prompts"
             )
         elif stage in ("validate", "test", "predict"):
-            raise ValueError(f"validation: `{stage}` needs held-out prompts, and none are configured")
+            raise ValueError(
+                f"validation: `{stage}` needs held-out prompts, and none are configured"
+            )
 
     def _load_rows(self, source: PromptSource, name: str) -> list[dict[str, Any]]:
         rows = source.load()
@@ -200,7 +202,7 @@ class RolloutDataModule(ResumableDataModule):
     # Training: a phase
 
     def train_dataloader(self) -> Any:
-        """One epoch of it is one rollout phase, collected when its first micro-batch is asked for."""
+        """One epoch is one rollout phase, collected when its first micro-batch is asked for."""
         self._encode("train", self.sampling)
         if self.validation is not None:
             self._encode("validation", self._validation_sampling())
@@ -289,24 +291,19 @@ class RolloutDataModule(ResumableDataModule):
     ) -> None:
         """Figures to the module's phase metrics, samples to the callbacks."""
         started, generated, done = times
+        figures = rollouts.metrics.local()
         metrics = self._module.phase_metrics
-        means = {name: total / count for name, (total, count) in rollouts.metrics.items() if count}
-        for name, (total, count) in rollouts.metrics.items():
-            metrics.add(f"rollout/{name}", total, count)
-        lengths = batch.loss_mask.sum(dim=1)
-        for kind in ("min", "max"):
-            value = float(getattr(lengths, kind)())
-            metrics.extreme(f"rollout/completions/{kind}_length", value, kind)
+        metrics.merge(rollouts.metrics, prefix="rollout/")
         for name, seconds in (("rollout", generated - started), ("experience", done - generated)):
             metrics.add(f"time/{name}", seconds)
-            means[f"time/{name}"] = seconds
+            figures[f"time/{name}"] = seconds
         if batch.advantages is not None:
             row_advantage = batch.advantages.gather(
                 1, batch.loss_mask.int().argmax(dim=1, keepdim=True)
             )
             for sample, advantage in zip(rollouts.samples, row_advantage[:, 0], strict=True):
                 sample["advantage"] = float(advantage)
-        dispatch(self._trainer, "on_rollout_end", batch, rollouts.samples, means)
+        dispatch(self._trainer, "on_rollout_end", batch, rollouts.samples, figures)
 
     # The checkpoint
 
@@ -374,5 +371,3 @@ def trainer_state(trainer: Any) -> Any:
         is_world_process_zero=trainer.is_global_zero,
         num_train_epochs=trainer.max_epochs,
     )
-
-

@@ -196,7 +196,7 @@ def _parse(row: Row, where: str) -> tuple[str, str | None] | tuple[Conversation,
     """``(text, None)``, ``(prompt, completion)`` or ``(conversation, first trained message)``."""
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
+        if not isinstance(prompt, list) and not isinstance(completion, list):
             check_text(prompt, f"{where}: its prompt")
             return prompt, check_text(completion, f"{where}: its completion")
         if not isinstance(prompt, list) or not isinstance(completion, list):

@@ -143,7 +143,7 @@ class SFTDataModule(ResumableDataModule):
         return self.trainer.accumulate_grad_batches
 
     def _steps(self) -> int:
-        """Optimizer steps in an epoch: as near to ``batch_size`` rows each as equal steps can be."""
+        """Optimizer steps in an epoch: equal ones, as near to ``batch_size`` rows as can be."""
         return max(1, round(len(self._sequences("train")) / self.batch_size))
 
     def micro_batches_per_epoch(self) -> int:
@@ -207,7 +207,7 @@ class SFTDataModule(ResumableDataModule):
 
 
 class _HeldOutLoader:
-    """Serves this rank's held-out rows; a rank with fewer of them serves an unmarked one instead."""
+    """Serves this rank's held-out rows; a rank with fewer of them serves an unmarked one."""
 
     def __init__(self, data: SFTDataModule) -> None:
         self.data = data

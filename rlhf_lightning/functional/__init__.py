@@ -19,6 +19,7 @@ from rlhf_lightning.functional.advantages import (
     GroupStatistics,
     group_advantages,
     group_statistics,
+    total_rewards,
 )
 from rlhf_lightning.functional.kl import KLEstimator, kl_estimate
 from rlhf_lightning.functional.logprobs import logprobs_from_logits, token_logprobs
@@ -53,4 +54,5 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "token_logprobs",
+    "total_rewards",
 ]

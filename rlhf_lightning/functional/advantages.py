@@ -5,6 +5,7 @@ Notation: ``B`` completions, ``n`` completions of a group that have a reward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -36,6 +37,33 @@ class GroupStatistics(NamedTuple):
     std: Tensor
     num_valid: Tensor
     zero_std: Tensor
+
+
+def total_rewards(
+    rewards: Tensor, valid: Tensor, weights: Tensor | Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the scores that are there, ``Σ_r weight_r · reward_r``.
+
+    Args:
+        rewards: ``[B, R]``, of R reward functions.
+        valid: ``[B, R]`` bool, False where a function gave no score, whatever ``rewards`` holds.
+        weights: ``[R]``.
+
+    Returns:
+        ``[B]`` sums, 0 where there is no score at all, and ``[B]`` bool, whether there is one.
+
+    >>> rewards = torch.tensor([[1.0, 0.5], [1.0, float("nan")], [0.0, 0.0]])
+    >>> valid = torch.tensor([[True, True], [True, False], [False, False]])
+    >>> total_rewards(rewards, valid, [1.0, 2.0])
+    (tensor([2., 1., 0.]), tensor([ True,  True, False]))
+    """
+    if rewards.shape != valid.shape or rewards.shape[-1] != len(weights):
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)}, valid {tuple(valid.shape)} and {len(weights)} weights"
+            " do not agree: expected [B, R], [B, R] and R"
+        )
+    weight = torch.as_tensor(weights, dtype=rewards.dtype, device=rewards.device)
+    return (torch.where(valid, rewards, 0.0) * weight).sum(dim=-1), valid.any(dim=-1)
 
 
 def group_statistics(

@@ -301,8 +301,9 @@ def _naming(argument: str, source: str | None) -> Iterator[None]:
         raise FileNotFoundError(f"model.{argument} is {source!r}, which is not a folder")
     try:
         yield
-    except OSError as error:
-        raise OSError(
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
             f"model.{argument} {source!r} could not be loaded. Give a folder with config.json,"
             " tokenizer files and *.safetensors, or a hub name (and see that HF_HUB_OFFLINE is not"
             f" set). transformers says: {error}"

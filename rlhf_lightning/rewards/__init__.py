@@ -1,1 +1,24 @@
-"""Scores of completions: verifiable answers, formats, and their weighted sum."""
+"""Scores of completions: verifiable answers, formats, and the weighted sum of any functions."""
+
+from rlhf_lightning.rewards._evaluation import RewardPolicy
+from rlhf_lightning.rewards._scores import NonFiniteReward, RewardError
+from rlhf_lightning.rewards.combine import RewardCombiner, ScoredRewards
+from rlhf_lightning.rewards.format import FormatReward
+from rlhf_lightning.rewards.math import MathReward
+from rlhf_lightning.rewards.text import completion_text
+from rlhf_lightning.rewards.workers import Outcome, WorkerPool, WorkerPoolError, WorkerResult
+
+__all__ = [
+    "FormatReward",
+    "MathReward",
+    "NonFiniteReward",
+    "Outcome",
+    "RewardCombiner",
+    "RewardError",
+    "RewardPolicy",
+    "ScoredRewards",
+    "WorkerPool",
+    "WorkerPoolError",
+    "WorkerResult",
+    "completion_text",
+]

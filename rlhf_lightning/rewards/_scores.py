@@ -8,7 +8,7 @@ import inspect
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from rlhf_lightning.types import RewardResult, Verdict
@@ -140,8 +140,9 @@ def as_results(returned: Any, name: str, count: int) -> list[Any]:
         raise RewardError(f"{expected} returned a {type(returned).__name__}: {_brief(returned)}")
     elements = list(itertools.islice(returned, count + 1))  # a generator may be endless
     if len(elements) != count:
-        size = len(returned) if hasattr(returned, "__len__") else len(elements)
-        more = "" if hasattr(returned, "__len__") or len(elements) < count else " or more"
+        ended = isinstance(returned, Sized)
+        size = len(returned) if isinstance(returned, Sized) else len(elements)
+        more = "" if ended or len(elements) < count else " or more"
         raise RewardError(f"{expected} returned {size}{more}")
     return elements
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.rewards.combine import RewardCombiner, ScoredRewards, total_rewards
+from rlhf_lightning.core.metrics import PhaseMetrics
+from rlhf_lightning.functional import total_rewards
+from rlhf_lightning.rewards.combine import RewardCombiner, ScoredRewards
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.types import Completion, ProgressFn, RolloutBatch, SamplingParams, Verdict
 
@@ -22,12 +23,12 @@ class Rollouts:
     Attributes:
         batch: tensors to train on.
         samples: one record a completion, in the batch's row order, of plain values.
-        metrics: ``name -> (sum, count)``, to be averaged over the phase.
+        metrics: figures of the rewards and the lengths.
     """
 
     batch: RolloutBatch
     samples: list[dict[str, Any]]
-    metrics: dict[str, tuple[float, float]]
+    metrics: PhaseMetrics
 
 
 class RolloutCollector:
@@ -83,7 +84,7 @@ class RolloutCollector:
         scored = self._score(completions, [rows[i] for i in owners], texts, trainer_state)
         batch = self._batch(completions, owners, scored, version)
         samples = self._samples(completions, owners, rows, texts, scored)
-        return Rollouts(batch, samples, self._metrics(batch, completions, scored))
+        return Rollouts(batch, samples, self._metrics(batch, scored))
 
     def _score(
         self,
@@ -176,45 +177,40 @@ class RolloutCollector:
             )
         return samples
 
-    def _metrics(
-        self, batch: RolloutBatch, completions: list[Completion], scored: ScoredRewards
-    ) -> dict[str, tuple[float, float]]:
-        lengths = [float(len(completion.token_ids)) for completion in completions]
-        ended = [
-            length
-            for length, completion in zip(lengths, completions, strict=True)
-            if completion.finish_reason != "length"
-        ]
-        metrics = {
-            "completions/mean_length": (sum(lengths), float(len(lengths))),
-            "completions/mean_terminated_length": (sum(ended), float(len(ended))),
-            "completions/clipped_ratio": (float(len(lengths) - len(ended)), float(len(lengths))),
-            **reward_metrics(batch),
-        }
+    def _metrics(self, batch: RolloutBatch, scored: ScoredRewards) -> PhaseMetrics:
+        metrics = PhaseMetrics()
+        record_completions(batch, metrics)
         for name, value in scored.metrics.items():
-            metrics[name] = (value * len(lengths), float(len(lengths)))
+            metrics.add(name, value * len(batch), len(batch))
         return metrics
 
 
-def reward_metrics(batch: RolloutBatch) -> dict[str, tuple[float, float]]:
-    """``name -> (sum, count)`` of a batch's rewards; rows without a score are left out.
+def record_completions(batch: RolloutBatch, metrics: PhaseMetrics) -> None:
+    """Add rewards, verdicts and lengths of scored completions to the metrics.
 
-    ``accuracy`` is the share of correct verdicts among the rows that some function judged.
+    Rows without a score are left out of means, and counted. ``accuracy`` is the share of correct
+    verdicts among the rows that some function judged.
     """
     keep = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
-    total, any_valid = total_rewards(batch.rewards, batch.reward_valid, batch.reward_weights)
-    any_valid = any_valid & keep
-    metrics = {"reward": (float(total[any_valid].sum()), float(any_valid.sum()))}
+    total, scored = total_rewards(batch.rewards, batch.reward_valid, batch.reward_weights)
+    scored = scored & keep
+    metrics.add("reward", total[scored].sum(), scored.sum())
+    metrics.count("rewards/missing", (keep & ~scored).sum())
     for r, name in enumerate(batch.reward_names):
         valid = batch.reward_valid[:, r] & keep
-        metrics[f"rewards/{name}/mean"] = (float(batch.rewards[valid, r].sum()), float(valid.sum()))
-        metrics[f"rewards/{name}/missing"] = (float((keep & ~valid).sum()), float(keep.sum()))
+        metrics.add(f"rewards/{name}/mean", batch.rewards[valid, r].sum(), valid.sum())
+        for verdict in Verdict:
+            number = int(((batch.verdicts[:, r] == verdict.code) & keep).sum())
+            if number:
+                metrics.count(f"rewards/{name}/verdict/{verdict.value}", number)
     judged = batch.reward_valid & (batch.verdicts >= 0) & keep[:, None]
     if judged.any():
-        correct = judged & (batch.verdicts == Verdict.CORRECT.index)
-        metrics["accuracy"] = (_rows(correct), _rows(judged))
-    return metrics
-
-
-def _rows(mask: Tensor) -> float:
-    return float(mask.any(dim=1).sum())
+        correct = judged & (batch.verdicts == Verdict.CORRECT.code)
+        metrics.add("accuracy", correct.any(dim=1).sum(), judged.any(dim=1).sum())
+    lengths, ended = batch.loss_mask.sum(dim=1), keep & ~batch.truncated
+    metrics.add("completions/mean_length", lengths[keep].sum(), keep.sum())
+    metrics.add("completions/mean_terminated_length", lengths[ended].sum(), ended.sum())
+    metrics.add("completions/clipped_ratio", batch.truncated[keep].sum(), keep.sum())
+    if keep.any():
+        metrics.extreme("completions/min_length", lengths[keep].min(), "min")
+        metrics.extreme("completions/max_length", lengths[keep].max(), "max")

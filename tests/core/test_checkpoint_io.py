@@ -61,7 +61,8 @@ def test_the_old_file_survives_the_nth_failing_call(
         try:
             io_plugin.save_checkpoint(payload(value), path)
         except OSError as error:
-            assert str(path) in str(error)
+            message = str(error)
+            assert str(path) in message
         assert io_plugin.load_checkpoint(path)["step"] in (1, 2, 3, 4)
     assert len(calls) >= nth
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from rlhf_lightning.data.arithmetic import ALPHABET, ArithmeticPrompts
@@ -52,13 +49,13 @@ def test_problems_differ_and_follow_the_seed() -> None:
         assert problems(size=500, digits=digits, seed=1) != first
 
 
-def test_problems_are_the_same_in_every_process() -> None:
-    code = (
-        "from rlhf_lightning.data.arithmetic import ArithmeticPrompts\n"
-        "print([r['prompt'] for r in ArithmeticPrompts(size=5).load()])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(problems(size=5))
+def test_problems_are_the_same_on_every_machine() -> None:
+    assert problems(size=3) == ["42+11=", "83+81=", "57+42="]
+    assert problems(split="validation", size=3) == ["81+99=", "32+55=", "57+66="]
+    assert problems(size=2, digits=5, operators="+-", split="validation") == [
+        "51291-62566=",
+        "99044+99706=",
+    ]
 
 
 def test_sizes_that_cannot_be_had() -> None:

@@ -89,7 +89,7 @@ def test_offset_and_limit_cut_disjoint_parts(tmp_path: Path) -> None:
     parts = [PromptFile(path, limit=7).load(), PromptFile(path, offset=7).load()]
     assert [int(row["prompt"]) for part in parts for row in part] == list(range(10))
     assert len(PromptFile(path, offset=2, limit=3).load()) == 3
-    with pytest.raises(ValueError, match="offset is 10, but .* has only 10 rows"):
+    with pytest.raises(ValueError, match=r"offset is 10, but .* has only 10 rows"):
         PromptFile(path, offset=10).load()
 
 

@@ -26,7 +26,12 @@ class ScriptedEngine(RolloutEngine):
         self.version = 0
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Any, *, seeds: Sequence[int], on_progress: Any = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Any,
+        *,
+        seeds: Sequence[int],
+        on_progress: Any = None,
     ) -> list[list[Completion]]:
         groups = []
         for prompt, seed in zip(prompts, seeds, strict=True):
@@ -47,7 +52,9 @@ class ScriptedEngine(RolloutEngine):
 
 def ragged_reward(completions: list[str], **kwargs: Any) -> list[float | None]:
     """Uneven on purpose: some rows have no score, so ranks have different numbers of them."""
-    return [None if text.startswith("7") else float(text.count("1") + len(text)) for text in completions]
+    return [
+        None if text.startswith("7") else float(text.count("1") + len(text)) for text in completions
+    ]
 
 
 def make(mode: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -67,7 +74,11 @@ def make(mode: str) -> tuple[Any, Any, dict[str, Any]]:
         )
         return grpo(**options), data, {"max_epochs": 2, "accumulate_grad_batches": 2}
     if mode == "sft":
-        return sft(**sgd), sequences(validation=Sums(7)), {"max_epochs": 2, "accumulate_grad_batches": 2}
+        return (
+            sft(**sgd),
+            sequences(validation=Sums(7)),
+            {"max_epochs": 2, "accumulate_grad_batches": 2},
+        )
     assert mode == "resume"
     module = GRPOModule(tiny_model(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     return module, rollouts(steps=2, update_epochs=2), {"max_epochs": 3}

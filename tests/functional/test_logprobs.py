@@ -56,7 +56,8 @@ def reference(
     softcap=None,
 ):
     """The full [B, T, V] softmax, as a textbook has it."""
-    logits = F.linear(hidden, head_weight, head_bias) * logit_scale
+    logits = F.linear(hidden, head_weight, head_bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_p = (logits / temperature).log_softmax(-1)

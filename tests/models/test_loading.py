@@ -208,7 +208,7 @@ class TestRefusals:
             load_tokenizer(ModelConfig(path=str(tmp_path / "nowhere")))
 
     def test_of_a_folder_without_a_model(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match=r"model.path .* could not be loaded"):
+        with pytest.raises(ValueError, match=r"model.path .* could not be loaded"):
             load_causal_lm(ModelConfig(path=str(tmp_path)), load_tokenizer(random_config()))
 
     def test_of_pickled_weights(self, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""What ``run`` prints when it is done: figures, samples, where things lie, what to do next."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.cli.recipe import Recipe
+from rlhf_lightning.io.jsonl import read_jsonl
+
+SAMPLES = "samples.jsonl"
+_ROWS = 8
+_WIDTH = 48
+
+
+def printable(text: str, width: int = _WIDTH) -> str:
+    r"""Text of a model on one line of a terminal: control characters as escapes, cut to a width.
+
+    Example:
+        >>> printable("a\x1b[31mb\n")
+        'a\\x1b[31mb\\n'
+    """
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:width])
+    return shown if len(shown) <= width and len(text) <= width else shown[: width - 1] + "…"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def last_samples(recipe: Recipe, output: Path) -> tuple[Path, list[dict[str, Any]]] | None:
+    """The last completions that any stage logged, and the file they are in."""
+    for stage in reversed(recipe.stages):
+        files = sorted((output / stage.name).glob(f"**/{SAMPLES}"), key=lambda p: p.stat().st_mtime)
+        for path in reversed(files):
+            records = list(read_jsonl(path).records)
+            if records:
+                return path, records[-_ROWS:]
+    return None
+
+
+def samples_table(samples: Sequence[dict[str, Any]]) -> str:
+    """Prompt, completion and reward of logged samples."""
+    rows = [("prompt", "completion", "reward")]
+    for sample in samples:
+        reward = sample.get("reward")
+        rows.append(
+            (
+                printable(_text(sample.get("prompt"))),
+                printable(_text(sample.get("completion"))),
+                "none" if reward is None else f"{reward:.3g}",
+            )
+        )
+    return table(rows)
+
+
+def _text(value: Any) -> str:
+    """The last message of a conversation, or text as it is."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    return "" if value is None else str(value)
+
+
+def print_report(recipe: Recipe, output: Path, summary: dict[str, float]) -> None:
+    """Print everything that a person wants to know after a run.
+
+    Args:
+        recipe: what was run.
+        output: where.
+        summary: the figures.
+    """
+    figures = [(name, f"{value:.4g}") for name, value in summary.items()]
+    print(f"\n{recipe.folder.resolve().name} ({output / 'summary.json'})\n")
+    print(textwrap.indent(table([("figure", "value"), *figures]), "  "))
+    found = last_samples(recipe, output)
+    if found is not None:
+        path, samples = found
+        print(f"\nThe last samples ({path})\n")
+        print(textwrap.indent(samples_table(samples), "  "))
+    print("\nWhere the outputs lie\n")
+    for stage in recipe.stages:
+        folder = output / stage.name
+        model = folder / "export"
+        print(f"  {folder}" + (f"  (model: {model})" if model.is_dir() else ""))
+    if recipe.next_steps:
+        print("\nWhat to do next\n")
+        for step in recipe.next_steps:
+            print(textwrap.indent(step.rstrip(), "  "))

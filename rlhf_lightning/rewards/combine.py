@@ -1,0 +1,265 @@
+"""Several reward functions on the same completions: called, checked, counted and summed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.rewards._calls import EventLoop
+from rlhf_lightning.rewards._evaluation import Evaluation, RewardPolicy
+from rlhf_lightning.rewards._scores import (
+    RewardError,
+    missing_columns,
+    resolve,
+    unique_names,
+)
+from rlhf_lightning.types import RewardResult, Verdict
+
+_FAULTS = frozenset({Verdict.CRASH, Verdict.SANDBOX_ERROR, Verdict.ENDPOINT_ERROR})
+
+
+@dataclass
+class ScoredRewards:
+    """What R reward functions found about B completions.
+
+    Attributes:
+        values: ``[B, R]`` float32, 0 where there is no score.
+        valid: ``[B, R]`` bool, whether there is one.
+        verdicts: ``[B, R]`` int64, ``Verdict.code`` or -1 where the function gives none.
+        names: of the functions, all different.
+        details: one dict a row: for each function that said something, what it said.
+        metrics: the functions' own, and counts (see :meth:`RewardCombiner.score`).
+        extras: columns that the functions logged, one value a row.
+    """
+
+    values: Tensor
+    valid: Tensor
+    verdicts: Tensor
+    names: list[str]
+    details: list[dict[str, dict[str, Any]]]
+    metrics: dict[str, float]
+    extras: dict[str, list[Any]]
+
+
+class RewardCombiner:
+    """Calls reward functions of TRL's signature, sync or async, and weighs their scores.
+
+    Args:
+        functions: reward functions, or paths such as ``"my_package.my_function"`` to them.
+        weights: one weight a function; None for 1 each.
+        policy: what to do when a function fails.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[Callable[..., Any] | str],
+        weights: Sequence[float] | None = None,
+        policy: RewardPolicy | None = None,
+    ) -> None:
+        if isinstance(functions, str) or not isinstance(functions, Sequence) or not functions:
+            raise TypeError(f"functions is {functions!r}; it must be a list of reward functions")
+        self.functions = [resolve(function) for function in functions]
+        self.names = unique_names(self.functions)
+        self.weights = [1.0] * len(functions) if weights is None else [float(w) for w in weights]
+        if len(self.weights) != len(functions):
+            raise ValueError(
+                f"weights has {len(self.weights)} values for {len(functions)} reward functions"
+                f" {self.names}; give one each"
+            )
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"weights is {self.weights}; they must be finite")
+        self.policy = RewardPolicy() if policy is None else policy
+        self._loop = EventLoop()
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        trainer_state: Any = None,
+    ) -> ScoredRewards:
+        """Score B completions with every function.
+
+        Async functions wait together; the others run in order, meanwhile.
+
+        Args:
+            prompts: one a completion.
+            completions: strings or message lists.
+            completion_ids: their tokens.
+            columns: the data set's other columns, one value a completion.
+            trainer_state: passed on to the functions that ask for it.
+
+        Returns:
+            The scores. ``metrics`` holds what functions logged, and
+            ``rewards/{name}/verdict/{verdict}`` (shares of the rows),
+            ``rewards/{name}/masked`` (how many rows have no score by the function's fault) and
+            ``rewards/unscored`` (the share of rows that no function scored).
+
+        Raises:
+            RewardError: where a function returns what is no list of scores, fails and the policy
+                says so, or fails on more of the batch than the policy allows.
+            ValueError: where a column is not as long as the completions.
+        """
+        rows = _checked_rows(prompts, completions, completion_ids, columns)
+        if not completions:
+            return self._collect([[] for _ in self.functions], [], 0)
+        evaluations = [
+            Evaluation(name, function, rows, trainer_state, self.policy, self._loop)
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        try:
+            for evaluation in evaluations:
+                evaluation.begin()
+            for evaluation in sorted(evaluations, key=lambda e: e.is_async):
+                evaluation.run()
+        except BaseException:
+            for evaluation in evaluations:
+                evaluation.cancel()
+            raise
+        if any(evaluation.is_late for evaluation in evaluations):
+            self._loop.abandon()  # a coroutine may be blocking it
+        results = [evaluation.results() for evaluation in evaluations]
+        return self._collect(results, evaluations, len(completions))
+
+    def total(
+        self, values: Tensor, valid: Tensor, weights: Sequence[float] | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the scores that are there.
+
+        Args:
+            values: ``[B, R]``.
+            valid: ``[B, R]`` bool; scores where it is False are left out.
+            weights: ``[R]``, in place of the combiner's.
+
+        Returns:
+            ``[B]`` sums, 0 where there is no score at all, and ``[B]`` bool, whether there is one.
+        """
+        if values.shape != valid.shape or values.shape[-1] != len(self.functions):
+            raise ValueError(
+                f"values {tuple(values.shape)} and valid {tuple(valid.shape)} must both be"
+                f" [B, {len(self.functions)}]"
+            )
+        weight = torch.as_tensor(self.weights if weights is None else weights).to(values)
+        if weight.shape != (len(self.functions),):
+            raise ValueError(f"weights has shape {tuple(weight.shape)}, not [{len(self.names)}]")
+        return (torch.where(valid, values, 0.0) * weight).sum(dim=-1), valid.any(dim=-1)
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Find what would fail later, when the data set is loaded.
+
+        Args:
+            rows: the data set's rows.
+
+        Raises:
+            ValueError: where a function needs a column that is not there, or its own
+                ``check_rows`` refuses the rows.
+        """
+        if not rows:
+            return
+        for name, function in zip(self.names, self.functions, strict=True):
+            missing = missing_columns(function, rows[0])
+            if missing:
+                raise ValueError(
+                    f"reward function {name!r} needs {missing}, which are not among the data set's"
+                    f" columns {sorted(rows[0])}"
+                )
+            check = getattr(function, "check_rows", None)
+            if check is not None:
+                check(rows)
+
+    def close(self) -> None:
+        """End what the functions keep running."""
+        self._loop.abandon()
+        for function in self.functions:
+            close = getattr(function, "close", None)
+            if close is not None:
+                close()
+
+    def _collect(
+        self, results: list[list[RewardResult]], evaluations: list[Evaluation], count: int
+    ) -> ScoredRewards:
+        size = (count, len(results))
+        scored = ScoredRewards(
+            values=torch.zeros(size),
+            valid=torch.zeros(size, dtype=torch.bool),
+            verdicts=torch.full(size, -1, dtype=torch.int64),
+            names=list(self.names),
+            details=[{} for _ in range(count)],
+            metrics={},
+            extras={},
+        )
+        for column, (name, found) in enumerate(zip(self.names, results, strict=True)):
+            self._check_faults(name, found)
+            for row, result in enumerate(found):
+                if result.score is not None:
+                    scored.values[row, column] = result.score
+                    scored.valid[row, column] = True
+                if result.verdict is not None:
+                    scored.verdicts[row, column] = result.verdict.code
+                if result.details:
+                    scored.details[row][name] = dict(result.details)
+            scored.metrics.update(_counts(name, found))
+        if count:
+            unscored = ~scored.valid.any(dim=1)
+            scored.metrics["rewards/unscored"] = float(unscored.float().mean())
+        _add_logged(scored, evaluations)
+        return scored
+
+    def _check_faults(self, name: str, found: list[RewardResult]) -> None:
+        faults = [row for row, result in enumerate(found) if result.verdict in _FAULTS]
+        if len(faults) > self.policy.max_masked_fraction * len(found):
+            first = found[faults[0]]
+            raise RewardError(
+                f"reward function {name!r} failed on {len(faults)} of {len(found)} samples, more"
+                f" than max_masked_fraction={self.policy.max_masked_fraction:g} allows. The first,"
+                f" sample {faults[0]}: {first.details.get('error', first.verdict)}"
+            )
+
+
+def _checked_rows(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> dict[str, list[Any]]:
+    """All per-row arguments of the functions, each with one value a completion."""
+    own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    clash = sorted({*own, "trainer_state", "log_extra", "log_metric"} & set(columns))
+    if clash:
+        raise ValueError(f"columns {clash} have names that reward functions are given otherwise")
+    rows = {name: list(values) for name, values in {**columns, **own}.items()}
+    for name, values in rows.items():
+        if len(values) != len(completions):
+            raise ValueError(
+                f"{name!r} has {len(values)} values for {len(completions)} completions"
+            )
+    return rows
+
+
+def _counts(name: str, found: list[RewardResult]) -> dict[str, float]:
+    counts = Counter(result.verdict for result in found if result.verdict is not None)
+    metrics = {
+        f"rewards/{name}/verdict/{verdict.value}": count / len(found)
+        for verdict, count in counts.items()
+    }
+    metrics[f"rewards/{name}/masked"] = float(sum(counts[verdict] for verdict in _FAULTS))
+    return metrics
+
+
+def _add_logged(scored: ScoredRewards, evaluations: list[Evaluation]) -> None:
+    """Add what the functions logged; a column that two of them log is told apart by name."""
+    metrics: dict[str, list[float]] = {}
+    for evaluation in evaluations:
+        for column, values in evaluation.journal.extras.items():
+            key = f"{evaluation.name}/{column}" if column in scored.extras else column
+            scored.extras[key] = values
+        for name, numbers in evaluation.journal.metrics.items():
+            metrics.setdefault(name, []).extend(numbers)
+    scored.metrics.update({name: sum(ns) / len(ns) for name, ns in metrics.items()})

@@ -1,0 +1,289 @@
+"""GRPO as a LightningModule: invariants of the loop, and that it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny import Sums, grpo, quiet_trainer, rollouts, sequences, sft, tiny_model
+
+import rlhf_lightning.algorithms.grpo as grpo_file
+from rlhf_lightning.algorithms import (
+    AdvantageConfig,
+    GRPOModule,
+    KLConfig,
+    PolicyLossConfig,
+    SFTModule,
+)
+from rlhf_lightning.data import PhaseConfig, ValidationConfig
+from rlhf_lightning.events import RolloutCallback
+from rlhf_lightning.types import SamplingParams
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def weights(module: GRPOModule) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+@pytest.fixture
+def ratios(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The importance ratios of every micro-batch, on loss tokens."""
+    seen: list[torch.Tensor] = []
+    original = grpo_file.clipped_policy_loss
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        seen.append(output.ratio.detach()[args[3]])
+        return output
+
+    monkeypatch.setattr(grpo_file, "clipped_policy_loss", spy)
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_the_ratio_is_exactly_1_in_the_first_step_of_every_phase(
+    precision: str, aggregation: str, ratios: list[torch.Tensor], tmp_path: Path
+) -> None:
+    module = grpo(policy_loss=PolicyLossConfig(aggregation=aggregation))
+    data = rollouts(steps=2, update_epochs=2)
+    trainer = quiet_trainer(tmp_path, max_epochs=3, accumulate_grad_batches=2, precision=precision)
+    trainer.fit(module, data)
+    assert len(ratios) == 3 * 8
+    for phase in range(3):
+        first, later = ratios[phase * 8 : phase * 8 + 2], ratios[phase * 8 + 2 : phase * 8 + 8]
+        assert all((ratio == 1).all() for ratio in first)
+        assert any((ratio != 1).any() for ratio in later)
+
+
+def test_gradients_do_not_depend_on_how_a_step_is_cut(tmp_path: Path) -> None:
+    ends = []
+    for parts in (1, 2, 4):
+        module = grpo(optimizer=sgd)
+        trainer = quiet_trainer(
+            tmp_path, max_epochs=2, accumulate_grad_batches=parts, precision="64-true"
+        )
+        trainer.fit(module, rollouts(steps=2))
+        ends.append(weights(module))
+    for end in ends[1:]:
+        for name, value in ends[0].items():
+            torch.testing.assert_close(end[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_at_learning_rate_0_nothing_drifts(tmp_path: Path) -> None:
+    module = grpo(optimizer=lambda p: torch.optim.AdamW(p, lr=0.0))
+    start: dict[str, torch.Tensor] = {}
+    rows: list[dict[str, float]] = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            start.update(weights(module))
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    trainer = quiet_trainer(tmp_path, max_epochs=26, callbacks=[Watch()])
+    trainer.fit(module, rollouts(steps=2))
+    assert trainer.global_step == 52
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, start[name])
+    for row in rows[1:]:
+        assert row["train/kl"] == 0.0
+        assert row["train/clip_ratio/region_mean"] == 0.0
+        assert row["train/sampling/sampling_logp_difference/mean"] < 1e-6
+
+
+def test_the_reference_stays_and_is_in_no_checkpoint_or_optimizer(tmp_path: Path) -> None:
+    module = grpo()
+    trainer = quiet_trainer(tmp_path, max_epochs=2)
+    trainer.fit(module, rollouts())
+    reference = module.frozen["reference"]
+    fresh = SFTModule(tiny_model())
+    fresh.configure_model()
+    assert fresh.policy is not None
+    for a, b in zip(reference.parameters(), fresh.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+    assert not reference.training
+    assert float(trainer.callback_metrics["train/kl"]) > 0
+    assert set(module.state_dict()) == {f"policy.{n}" for n in fresh.policy.state_dict()}
+    owned = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    assert owned == {id(p) for p in module.parameters()}
+
+
+def test_without_a_kl_penalty_there_is_no_reference(tmp_path: Path) -> None:
+    module = grpo(kl=KLConfig(coef=0.0))
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, rollouts())
+    assert list(module.frozen) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"advantage": AdvantageConfig(scale="none"), "kl": KLConfig(coef=0.0)},
+        {"advantage": AdvantageConfig(baseline="leave_one_out", scale="batch")},
+        {"policy_loss": PolicyLossConfig(aggregation="token", clip_high=0.28, dual_clip=3.0)},
+        {"policy_loss": PolicyLossConfig(aggregation="constant", max_completion_length=4)},
+        {"policy_loss": PolicyLossConfig(ratio="sequence", clip_low=3e-4, clip_high=4e-4)},
+        {"kl": KLConfig(coef=0.05, placement="reward")},
+        {"kl": KLConfig(coef=0.05, estimator="k2")},
+    ],
+)
+def test_every_variant_learns(options: dict[str, Any], tmp_path: Path) -> None:
+    rewards: list[float] = []
+
+    class Watch(RolloutCallback):
+        def on_rollout_end(self, trainer, pl_module, batch, samples, metrics) -> None:
+            rewards.append(metrics["reward"])
+
+    data = rollouts(steps=1, update_epochs=2, phase=PhaseConfig(prompts=8, update_epochs=2))
+    trainer = quiet_trainer(tmp_path, max_epochs=25, callbacks=[Watch()])
+    trainer.fit(grpo(optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **options), data)
+    assert sum(rewards[:3]) / 3 < 0.8
+    assert sum(rewards[-3:]) / 3 > 0.9
+
+
+def nothing(completions: list[str], **kwargs: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def the_same(completions: list[str], **kwargs: Any) -> list[float]:
+    return [0.1] * len(completions)
+
+
+@pytest.mark.parametrize("reward", [nothing, the_same])
+def test_rewards_that_say_nothing_teach_nothing(reward: Any, tmp_path: Path) -> None:
+    module = grpo(kl=KLConfig(coef=0.0), optimizer=sgd)
+    before: dict[str, torch.Tensor] = {}
+
+    class Watch(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            before.update(weights(module))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            assert float(outputs["loss"]) == 0.0
+            assert (batch.advantages == 0).all()
+
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[Watch()])
+    trainer.fit(module, rollouts(rewards=[reward]))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert float(trainer.callback_metrics["rollout/frac_reward_zero_std"]) == 1.0
+
+
+def test_validation_test_and_predict_answer_the_held_out_prompts(tmp_path: Path) -> None:
+    data = rollouts(validation=ValidationConfig(Sums(7), batch_size=3))
+    module = grpo()
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    (found,) = trainer.validate(module, data, verbose=False)
+    (tested,) = trainer.test(module, data, verbose=False)
+    predicted = [sample for batch in trainer.predict(module, data) for sample in batch]
+    assert [sample["prompt"] for sample in predicted] == [row["prompt"] for row in Sums(7).load()]
+    mean = sum(sample["reward"] for sample in predicted) / 7
+    assert found["eval/reward"] == pytest.approx(mean, rel=1e-6)
+    assert tested["test/reward"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_buffer_ids_are_the_sampled_ids_and_masks_cover_them(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Watch(RolloutCallback):
+        def on_rollout_end(self, trainer, pl_module, batch, samples, metrics) -> None:
+            seen.append((batch, samples))
+
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[Watch()]).fit(grpo(), rollouts())
+    batch, samples = seen[0]
+    module = sft()
+    for row, sample in enumerate(samples):
+        ids = batch.input_ids[row][batch.loss_mask[row]].tolist()
+        assert len(ids) == sample["completion_length"]
+        assert module.tokenizer.decode(ids, skip_special_tokens=True) == sample["completion"]
+        ended = ids[-1] == module.tokenizer.eos_token_id
+        assert ended == (sample["finish_reason"] == "stop")
+        prompt = module.tokenizer(sample["prompt"])["input_ids"]
+        assert batch.input_ids[row, : len(prompt)].tolist() == prompt
+        assert not batch.loss_mask[row, : len(prompt)].any()
+    assert (batch.group_ids.unique(return_counts=True)[1] == 4).all()
+
+
+# Bad input is refused before anything is computed
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(sft(), sequences())
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    with pytest.raises(ValueError, match="written by SFTModule, and GRPOModule cannot continue"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(
+            grpo(), rollouts(), ckpt_path=str(tmp_path / "sft.ckpt")
+        )
+
+
+def test_an_unknown_checkpoint_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(
+            grpo(), rollouts(), ckpt_path=str(tmp_path / "none.ckpt")
+        )
+
+
+def test_max_epochs_with_max_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_epochs=2 and max_steps=3"):
+        quiet_trainer(tmp_path, max_epochs=2, max_steps=3).fit(grpo(), rollouts())
+
+
+def test_a_module_that_makes_no_experience_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="SFTModule cannot be trained on rollouts"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(sft(), rollouts())
+
+
+@pytest.mark.parametrize(
+    ("data", "trainer", "message"),
+    [
+        ({"steps": 3}, {}, "phase.steps is 3"),
+        ({"steps": 8}, {"accumulate_grad_batches": 4}, "accumulate_grad_batches is 4"),
+        (
+            {"phase": PhaseConfig(4, max_tokens_per_micro_batch=64)},
+            {},
+            "Set the Trainer's accumulate_grad_batches to",
+        ),
+        ({"phase": PhaseConfig(4, max_tokens_per_micro_batch=5)}, {}, "one row alone has"),
+        ({"sampling": SamplingParams(n=2, max_new_tokens=64)}, {}, "max_new_tokens is 64"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    data: dict[str, Any], trainer: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(tmp_path, max_epochs=1, **trainer).fit(grpo(), rollouts(**data))
+
+
+def test_options_are_checked_when_they_are_given() -> None:
+    with pytest.raises(TypeError, match=r"kl has no option 'betta'"):
+        grpo(kl={"betta": 0.1})
+    with pytest.raises(TypeError, match=r"Did you mean 'clip_low'"):
+        grpo(policy_loss={"clip_lo": 0.1})
+    with pytest.raises(ValueError, match="max_completion_length"):
+        grpo(policy_loss={"aggregation": "constant"})
+    with pytest.raises(ValueError, match="must not be negative"):
+        grpo(kl={"coef": -1.0})
+    with pytest.raises(ValueError, match="temperature is 0"):
+        rollouts(sampling=SamplingParams(temperature=0.0))
+
+
+def test_hyperparameters_are_plain_and_rebuild_the_module(tmp_path: Path) -> None:
+    module = grpo(kl=KLConfig(coef=0.3), policy_loss=PolicyLossConfig(clip_high=0.5))
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, rollouts())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found = GRPOModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert found.kl == module.kl
+    assert found.policy_loss == module.policy_loss
+    for name, value in module.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
