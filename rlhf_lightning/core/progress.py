@@ -29,7 +29,7 @@ class RolloutProgress(RolloutCallback):
         if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
             shown = bar.train_progress_bar
             self._before = (shown.desc, shown.total, shown.n)
-        elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+        elif isinstance(bar, RichProgressBar) and bar.train_progress_bar_id is not None:
             task = bar.train_progress_bar
             self._before = (task.description, task.total, task.completed)
 
