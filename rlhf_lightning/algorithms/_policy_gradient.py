@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.core.completions import record_completions
 from rlhf_lightning.core.module import BaseModule
 from rlhf_lightning.models.policy import CausalPolicy
 from rlhf_lightning.models.reference import frozen_copy
-from rlhf_lightning.rollout.collector import record_completions
 from rlhf_lightning.types import RolloutBatch, StepPlan
 
 

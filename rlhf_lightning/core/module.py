@@ -109,12 +109,13 @@ class BaseModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the Trainer's settings and install crash-safe checkpoint writing."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         both = trainer.max_steps != -1 and trainer.max_epochs not in (None, -1)
         if stage == "fit" and both and not trainer.fast_dev_run:
             raise ValueError(
                 f"the Trainer has max_epochs={trainer.max_epochs} and"
-                f" max_steps={trainer.max_steps}: with both, a run that resumes at the end of an epoch skips the next one. Set one"
+                f" max_steps={trainer.max_steps}: with both, a run that resumes at the end of an"
+                " epoch skips the next one. Set one"
             )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -131,7 +132,7 @@ class BaseModule(LightningModule):
         scheduler = self._lr_scheduler(optimizer)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},  # type: ignore[typeddict-item]
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -107,7 +107,8 @@ def check_token_budget(plan: StepPlan, lengths: Tensor, limit: int | None) -> No
         )
         raise ValueError(
             f"a micro-batch has {worst} padded tokens, more than"
-            f" max_tokens_per_micro_batch={limit}. Set the Trainer's accumulate_grad_batches to {parts} (it is {len(micro_batches)})"
+            f" max_tokens_per_micro_batch={limit}. Set the Trainer's"
+            f" accumulate_grad_batches to {parts} (it is {len(micro_batches)})"
         )
 
 

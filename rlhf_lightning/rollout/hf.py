@@ -21,7 +21,7 @@ from rlhf_lightning.rollout.engine import RolloutEngine, check_request
 from rlhf_lightning.rollout.sampling import draw, uniforms
 from rlhf_lightning.types import Completion, ProgressFn, SamplingParams
 
-_COMPACT_BELOW = 0.9  # drop finished rows once no more than this share is still running
+_COMPACT_BELOW = 0.8  # drop finished rows once no more than this share is still running
 
 
 class HFEngine(RolloutEngine):

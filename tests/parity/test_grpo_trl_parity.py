@@ -1,8 +1,8 @@
 """GRPO as TRL's ``GRPOTrainer`` computes it: the same tensors, the same loss, the same gradients.
 
-Our side is composed of ``functional`` as a GRPO module composes it. TRL's side is a real trainer, of
-which only the fused output head, which works in float32, is replaced by a float64 softmax over its
-logits. The model is a GPT-2, because Llama's norm is float32 also in a float64 model.
+Our side is composed of ``functional`` as a GRPO module composes it. TRL's side is a real trainer;
+only its fused output head, a float32 kernel, is replaced by a float64 softmax over its logits. The
+model is a GPT-2, because Llama's norm is float32 also in a float64 model.
 """
 
 from __future__ import annotations
@@ -239,6 +239,10 @@ SETTINGS = {
         "sequence",
         {"ratio_level": "sequence", "clip_low": 0.02, "clip_high": 0.02},
     ),
+    "sequence ratio, dapo": Setting(
+        {"loss_type": "dapo", "importance_sampling_level": "sequence"},
+        policy_loss={"ratio_level": "sequence"},
+    ),
     "kl": Setting({"loss_type": "grpo", "beta": 0.1}, "sequence"),
     "kl, dapo": Setting({"loss_type": "dapo", "beta": 0.1}),
     "kl, dr_grpo": Setting({"loss_type": "dr_grpo", "beta": 0.1}, "constant"),
@@ -247,7 +251,9 @@ SETTINGS = {
         "sequence",
         {"ratio_level": "sequence"},
     ),
-    "dual clip": Setting({"loss_type": "dapo", "delta": 1.5}, policy_loss={"dual_clip": 1.5}),
+    "dual clip": Setting(
+        {"loss_type": "dapo", "delta": 1.5}, policy_loss={"dual_clip": 1.5}, noise=0.8
+    ),
     "dual clip, sequence ratio": Setting(
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "delta": 1.25},
         "sequence",

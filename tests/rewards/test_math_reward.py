@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from rlhf_lightning.rewards import MathReward
 from rlhf_lightning.rewards._math_rules import as_number, decide, is_explosive
 from rlhf_lightning.rewards._math_text import clean, extract_answer, extract_gold, last_box
+from rlhf_lightning.rewards.workers import WorkerPool
 from rlhf_lightning.types import RewardResult, Verdict
 
 # Rows of the case table on which we differ from its "expected".
@@ -37,10 +38,13 @@ def reward() -> Iterator[MathReward]:
     reward.close()
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def cases(shared_data: Path) -> list[dict]:
-    lines = (shared_data / "reward_cases" / "math.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_lines(shared_data / "reward_cases" / "math.jsonl")
     for row in rows:
         for key in ("gold", "answer"):
             if isinstance(row[key], dict):  # a long repetition, written short
@@ -70,11 +74,11 @@ def test_the_case_table(reward: MathReward, cases: list[dict]) -> None:
     assert not Path("PWNED").exists()
 
 
-def test_with_require_box_only_boxes_count(reward: MathReward, cases: list[dict]) -> None:
+def test_with_require_box_only_boxes_count(cases: list[dict]) -> None:
     strict = MathReward(gold="gold", require_box=True, workers=2)
-    answers = [row["answer"] for row in cases]
-    results = strict(None, answers, gold=[row["gold"] for row in cases])
-    for row, result in zip(cases, results, strict=True):
+    tame = [row for row in cases if row["cls"] != "hostile"]
+    results = strict(None, [r["answer"] for r in tame], gold=[r["gold"] for r in tame])
+    for row, result in zip(tame, results, strict=True):
         if last_box(row["answer"].rpartition("</think>")[2]) is None:
             assert result.verdict in (Verdict.NO_ANSWER, Verdict.GOLD_UNPARSEABLE), row["id"]
         elif row["id"] == "M042":  # a box, and after it "final answer is" something else
@@ -101,8 +105,8 @@ GOLD_AND_ANSWER = [
     ("72", "72.0", "correct"),
     ("72", r"72\text{ apples}", "correct"),
     ("18", r"\$18", "correct"),
-    ("-5", "−5", "correct"),
-    ("5", "−5", "wrong"),
+    ("-5", "\u22125", "correct"),
+    ("5", "\u22125", "wrong"),
     (r"\frac{1}{2}", "½", "correct"),
     (r"\frac12", "0.5", "correct"),
     ("3 1/2", r"3\frac{1}{2}", "correct"),
@@ -135,7 +139,7 @@ GOLD_AND_ANSWER = [
     ("7", r"\frac{14}{2}", "correct"),
     ("8", "2^3", "correct"),
     ("5", r"\frac{0}{0}", "wrong"),
-    ("5", "٥", "wrong"),
+    ("5", "\u0665", "wrong"),
     ("5", "5x", "wrong"),
     # notation is the point
     ("1011_2", "1011_{2}", "correct"),
@@ -173,7 +177,7 @@ GOLD_AND_ANSWER = [
 
 
 def test_gold_against_boxed_answer(reward: MathReward) -> None:
-    golds, answers, verdicts = zip(*GOLD_AND_ANSWER, strict=True)
+    golds, answers, _ = zip(*GOLD_AND_ANSWER, strict=True)
     results = reward(None, [rf"So \boxed{{{answer}}}." for answer in answers], gold=golds)
     found = [(g, a, r.verdict.value) for g, a, r in zip(golds, answers, results, strict=True)]
     assert found == GOLD_AND_ANSWER
@@ -212,10 +216,16 @@ def test_gold_against_boxed_answer(reward: MathReward) -> None:
 )
 def test_the_last_statement_of_an_answer_counts(text: str, answer: str | None) -> None:
     assert extract_answer(text, require_box=False) == answer
-    boxed = extract_answer(text, require_box=True)
-    assert boxed == (answer if "box" in text and "is 3." not in text[12:] else None) or (
-        "Not" in text and boxed == "7"
-    )
+
+
+def test_with_require_box_other_statements_are_passed_over() -> None:
+    for text, box in [
+        (r"Not \boxed{7}. The answer is 3.", "7"),
+        (r"<think>\boxed{7}</think> #### 3", None),
+        (r"\boxed{}", ""),
+        ("5", None),
+    ]:
+        assert extract_answer(text, require_box=True) == box
 
 
 def test_golds_come_in_every_form() -> None:
@@ -256,9 +266,16 @@ def test_columns_are_checked(reward: MathReward) -> None:
 
 
 def test_golds_are_checked_when_the_data_is_loaded(reward: MathReward) -> None:
-    good = [{"id": n, "gold": gold} for n, (gold, _, v) in enumerate(GOLD_AND_ANSWER) if v != "x"]
-    bad = {"a": "", "b": "$$", "c": r"\boxed{}", "d": r"\frac{0}{0}", "e": r"\frac{", "f": "x" * 401}
-    reward.check_rows([row for row in good if row["gold"] not in ("", r"\frac{0}{0}")])
+    good = [gold for gold, _, verdict in GOLD_AND_ANSWER if verdict != "gold_unparseable"]
+    reward.check_rows([{"id": n, "gold": gold} for n, gold in enumerate(good)])
+    bad = {
+        "a": "",
+        "b": "$$",
+        "c": r"\boxed{}",
+        "d": r"\frac{0}{0}",
+        "e": r"\frac{",
+        "f": "x+" * 201 + "x",
+    }
     rows = [{"id": name, "gold": gold} for name, gold in bad.items()]
     with pytest.raises(ValueError, match="6 of 7 golds in column 'gold'") as error:
         reward.check_rows([*rows, {"id": "good", "gold": "5"}])
@@ -290,19 +307,11 @@ def test_one_hanging_answer_costs_its_limit_and_the_others_are_right() -> None:
     reward.close()
 
 
-def test_a_broken_worker_is_no_score(
-    reward: MathReward, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reward, "pool", _pool_of("worker_tasks:abort"))
+def test_a_broken_worker_is_no_score(reward: MathReward, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward, "pool", WorkerPool("worker_tasks:abort", workers=1, timeout=5.0))
     result = judge(reward, "x", r"\boxed{y^2}")
     assert (result.score, result.verdict) == (None, Verdict.CRASH)
     assert "exit status" in result.details["error"]
-
-
-def _pool_of(task: str):
-    from rlhf_lightning.rewards.workers import WorkerPool
-
-    return WorkerPool(task, workers=1, timeout=5.0)
 
 
 DEGENERATE = [
@@ -325,9 +334,20 @@ def test_512_degenerate_completions_of_100_kb() -> None:
     reward.close()
 
 
-SYMBOLS = r"0123456789.,+-*/^_=<>(){}[]\$%!|&:;~ xeiπ½²√−٥" + "\n\0\u200b\ud800"
+SYMBOLS = r"0123456789.,+-*/^_=<>(){}[]\$%!|&:;~ xeiπ½²√" + "\u2212\u0665\n\0\u200b\ud800"
 PIECES = st.sampled_from(
-    ["\\boxed{", "}", "\\frac", "\\sqrt", "\\text{", "answer is ", "#### ", "$", "</think>", "\\le "]
+    [
+        "\\boxed{",
+        "}",
+        "\\frac",
+        "\\sqrt",
+        "\\text{",
+        "answer is ",
+        "#### ",
+        "$",
+        "</think>",
+        "\\le ",
+    ]
 )
 
 
@@ -360,7 +380,9 @@ def test_numbers_are_compared_exactly(value, boxed: bool) -> None:
     assert decide(clean(str(value)), clean(str(other))) is Verdict.WRONG
 
 
-@pytest.mark.parametrize("text", ["x^{1000000}", "2^{1000}", "10^{100}", "(n+1)!", "20!", "1^{10^9}"])
+@pytest.mark.parametrize(
+    "text", ["x^{1000000}", "2^{1000}", "10^{100}", "(n+1)!", "20!", "1^{10^9}"]
+)
 def test_the_guard_lets_harmless_expressions_through(text: str) -> None:
     assert not is_explosive(text)
 
@@ -408,12 +430,9 @@ def test_from_a_thread_from_asyncio_and_in_a_data_loader(reward: MathReward) -> 
     assert found == [here] * 3
 
 
-def test_gsm8k_and_math500_golds_are_read_and_found_right(shared_data: Path) -> None:
-    def read(path: str) -> list[dict]:
-        return [json.loads(line) for line in (shared_data / path).read_text().splitlines()]
-
+def test_gsm8k_golds_are_read_and_found_right(shared_data: Path) -> None:
     reward = MathReward(workers=2)
-    gsm8k = read("gsm8k/test.jsonl")
+    gsm8k = read_lines(shared_data / "gsm8k" / "test.jsonl")
     answers = [row["answer"] for row in gsm8k]
     reward.check_rows(gsm8k)
     assert {r.score for r in reward(None, answers, answer=answers)} == {1.0}
@@ -423,8 +442,13 @@ def test_gsm8k_and_math500_golds_are_read_and_found_right(shared_data: Path) -> 
         for a, b in zip(answers, shifted, strict=True)
     ]
     assert [r.score == 1.0 for r in reward(None, shifted, answer=answers)] == expected
+    reward.close()
 
-    math500 = read("math/math500.jsonl")
+
+@pytest.mark.slow
+def test_math500_golds_are_read_and_its_solutions_found_right(shared_data: Path) -> None:
+    reward = MathReward(workers=2)
+    math500 = read_lines(shared_data / "math" / "math500.jsonl")
     reward.check_rows(math500)
     golds, solutions = ([row[key] for row in math500] for key in ("answer", "solution"))
     assert {r.score for r in reward(None, solutions, answer=golds)} == {1.0}

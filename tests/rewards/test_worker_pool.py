@@ -123,7 +123,7 @@ def test_messages_larger_than_any_pipe() -> None:
     pool = WorkerPool("worker_tasks:echo", workers=2, timeout=20.0)
     items = ["x" * (1 << 20), "\ud800 \0 é" * 50_000, "", {"a": [None, 1.5]}] * 3
     assert [r.value for r in pool.map(items)] == items
-    with pytest.raises(ValueError, match="item 1 is .* bytes"):
+    with pytest.raises(ValueError, match=r"item 1 is .* bytes"):
         pool.map(["", "y" * (65 << 20)])
     pool.close()
 
@@ -166,7 +166,7 @@ def test_a_worker_that_cannot_start_says_why() -> None:
 
 def test_workers_that_always_die_stop_the_call() -> None:
     pool = WorkerPool("worker_tasks:scale", setup="worker_tasks:die_at_start", workers=2)
-    with pytest.raises(WorkerPoolError, match="20 workers .* died in a row"):
+    with pytest.raises(WorkerPoolError, match=r"20 workers .* died in a row"):
         pool.map([1, 2, 3])
     deadly = WorkerPool("worker_tasks:misbehave", workers=2, timeout=10.0)
     with pytest.raises(WorkerPoolError, match="exit status"):
