@@ -53,6 +53,10 @@ class ResumableDataModule(LightningDataModule):
         self._resume_here = False
         self._remake = False
 
+    def without_validation(self) -> None:
+        """Make ``fit`` skip validation, as Lightning does where there is no such hook."""
+        self.val_dataloader = None  # type: ignore[assignment]
+
     @abstractmethod
     def micro_batches_per_epoch(self) -> int:
         """How many micro-batches this rank trains on in an epoch."""

@@ -105,6 +105,8 @@ class RolloutDataModule(ResumableDataModule):
         self.engine = engine if engine is not None else HFEngine()
         self.seed = seed
         self._tokenizer = tokenizer
+        if validation is None:
+            self.without_validation()
         self._encoded: dict[str, list[EncodedPrompt]] = {}
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._running: Phase | None = None
@@ -332,8 +334,7 @@ class RolloutDataModule(ResumableDataModule):
 
     def val_dataloader(self) -> Any:
         """Answered held-out prompts."""
-        if self.validation is None:
-            return []
+        assert self.validation is not None
         prompts = len(self._encode("validation", self._validation_sampling()))
         return AnswerLoader(prompts, self.validation.batch_size, self._answer)
 

@@ -73,6 +73,8 @@ class SFTDataModule(ResumableDataModule):
         self.validation_batch_size = validation_batch_size
         self.seed = seed
         self._tokenizer = tokenizer
+        if validation is None:
+            self.without_validation()
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._encoded: dict[str, list[EncodedSequence]] = {}
         self._plan: StepPlan = []
@@ -195,7 +197,7 @@ class SFTDataModule(ResumableDataModule):
 
     def val_dataloader(self) -> Any:
         """Held-out rows in their order, dealt out to the ranks."""
-        return [] if self.validation is None else _HeldOutLoader(self)
+        return _HeldOutLoader(self)
 
     def test_dataloader(self) -> Any:
         """The same as validation."""
