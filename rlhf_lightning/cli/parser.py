@@ -67,14 +67,15 @@ def class_names() -> set[str]:
     )
     names = set(public_classes())
     for base in bases:
-        names.update(cls.__name__ for cls in _subclasses(base) if not cls.__name__.startswith("_"))
+        names.update(name for name in _subclass_names(base) if not name.startswith("_"))
     return names
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    yield base
-    for cls in base.__subclasses__():
-        yield from _subclasses(cls)
+def _subclass_names(base: type) -> Iterator[str]:
+    yield base.__name__
+    kinds: list[type] = base.__subclasses__()
+    for kind in kinds:
+        yield from _subclass_names(kind)
 
 
 def load_config(text: str) -> Any:

@@ -190,6 +190,8 @@ def clean(text: str) -> str:
     >>> clean("−3½"), clean("x²"), clean(r"\dfrac12\,\%")
     ('-3\\frac{1}{2}', 'x^{2}', '\\frac{1}{2}\\%')
     """
+    if text.isascii() and text.isdigit():
+        return text
     if not text.isascii():
         text = _to_ascii(_ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2] or m[3]}}}", text))
     for pattern, replacement in _SIMPLE:

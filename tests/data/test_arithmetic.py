@@ -42,11 +42,12 @@ def test_splits_do_not_meet_whatever_the_seed() -> None:
 
 
 def test_problems_differ_and_follow_the_seed() -> None:
-    for digits in (2, 5):
-        first = problems(size=500, digits=digits)
-        assert len(set(first)) == 500
-        assert problems(size=500, digits=digits) == first
-        assert problems(size=500, digits=digits, seed=1) != first
+    # The second size is large enough that drawing with repeats would show.
+    for digits, size in ((2, 500), (3, 10_000)):
+        first = problems(size=size, digits=digits)
+        assert len(set(first)) == size
+        assert problems(size=size, digits=digits) == first
+        assert problems(size=size, digits=digits, seed=1) != first
 
 
 def test_problems_are_the_same_on_every_machine() -> None:

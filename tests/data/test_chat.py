@@ -164,6 +164,31 @@ def test_variables_come_from_the_options_and_the_row(tokenizer: PreTrainedTokeni
     assert spans(tokenizer, row, chat=template(source, style="x"))[0].startswith("y1;")
 
 
+def test_tags_around_the_header_do_not_train_the_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|assistant|>"
+        "{{ m.content }}<|end|>{% endgeneration %}{% else %}<|user|>{{ m.content }}<|end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = {"prompt": turns("a"), "completion": turns("a", "b")[1:]}
+    assert spans(tokenizer, row, chat=template(source)) == [
+        "<|user|>a<|end|><|assistant|>",
+        "b<|end|>",
+    ]
+
+
+def test_added_tokens_such_as_think_are_no_control_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.add_tokens(["<think>", "</think>"])
+    row = {"messages": turns("a", "<think>b</think>")}
+    assert spans(tokenizer, row, chat=template(CHATML))[1] == "<think>b</think><|end|>"
+    with pytest.raises(ValueError, match=r"ends a trained turn with .*</think>"):
+        encode_sequences([row], tokenizer, chat=template(NO_STOP))
+
+
 def test_a_prompt_may_begin_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": turns("a", "The ans")}]
     ((encoded,), _) = encode_prompts(rows, tokenizer, chat=template(CHATML))

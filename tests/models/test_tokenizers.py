@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -26,6 +26,7 @@ def test_ids_follow_the_given_order() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(ALPHABET))
+@example("\n\n  \t\n")
 def test_decoding_is_the_exact_inverse(text: str) -> None:
     tokenizer = character_tokenizer(ALPHABET)
     ids = tokenizer(text).input_ids

@@ -1,0 +1,45 @@
+"""The README's programs run as printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_trainer_script_runs_and_learns(tmp_path: Path) -> None:
+    script, callback = blocks("python")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # the callback example goes into the very script it documents
+    program = callback + script.replace(
+        'accelerator="cpu")', 'accelerator="cpu", callbacks=[LongestCompletion()])'
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (reward,) = re.findall(r"^reward (\d\.\d\d)$", done.stdout, flags=re.MULTILINE)
+    assert float(reward) > 0.85
+    assert len(re.findall(r"phase \d+: ", done.stdout)) == 20
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (README.parent / "Makefile").read_text()
+    named = {
+        t for line in re.findall(r"`?make ([a-z -]+)", README.read_text()) for t in line.split()
+    }
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    assert {"quickstart", "install", "test", "test-all", "lint", "types"} <= named & targets
