@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf_lightning.data import template_probe
 from rlhf_lightning.data.chat import ChatOptions, ChatRenderer, Conversation, check_messages
 from rlhf_lightning.data.prompts import encode_prompts
 from rlhf_lightning.data.sequences import encode_sequences
@@ -256,6 +257,12 @@ def test_hostile_templates_end_in_time(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probe_template(source, "{}", "the chat template of x", timeout=0.5)
     assert time.perf_counter() - started < 5
+
+
+def test_a_template_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_probe, "MAX_BYTES", 1 << 30)
+    with pytest.raises(ValueError, match="failed on a two-message conversation: MemoryError"):
+        probe_template("{{ 'x' * 2**30 }}", "{}", "the chat template of x")
 
 
 def test_a_looping_template_stops_encoding_before_it_starts(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.io.jsonl import JsonlWriter, read_jsonl
@@ -41,6 +41,8 @@ def test_tails_of_every_size_are_cut(tmp_path: Path, whole: bytes, tail: bytes) 
 @given(
     st.text(st.characters() | st.characters(categories=["Cs"]) | st.sampled_from("\n\r\x00\u2028"))
 )
+@example("half \udc80 a character")
+@example("\r\n\x00\u2028")
 def test_any_text_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
     with JsonlWriter(path) as log:

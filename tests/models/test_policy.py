@@ -184,6 +184,18 @@ def test_an_odd_head_is_served_by_the_full_forward_with_one_warning(
     assert "LlamaForCausalLM" in messages[0]
 
 
+def test_the_head_is_probed_once() -> None:
+    model = build()
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    policy = CausalPolicy(model)
+    for _ in range(2):
+        policy(*batch())
+    assert lengths == [7]
+
+
 def test_the_probe_leaves_the_generators_alone_and_sees_through_dropout() -> None:
     model = build(attention_dropout=0.5).train()
     policy = CausalPolicy(model)

@@ -95,6 +95,12 @@ def test_tokens_of_probability_zero_are_never_drawn(uniform: float, possible: li
     assert logprob.item() == pytest.approx(-float(np.log(len(possible))))
 
 
+def test_the_smallest_number_draws_the_first_possible_token() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0]])
+    token, _ = draw(logits, SamplingParams(), torch.zeros(1, dtype=torch.float64))
+    assert token.tolist() == [1]  # neither the impossible 0 nor the likelier 2
+
+
 def test_greedy_takes_the_best_and_reports_temperature_one() -> None:
     token, logprob = draw(LOGITS.flip(1), SamplingParams(temperature=0), torch.zeros(1))
     assert token.tolist() == [3]
