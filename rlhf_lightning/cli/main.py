@@ -45,6 +45,7 @@ examples:
   rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --model.model my/model --trainer.devices 8
   rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --print_config
   rlhf-lightning fit --model.help GRPOModule
+  rlhf-lightning fit --model.help GRPOModule --model.policy_loss.help
 
 Tracebacks of configuration errors: set RLHF_LIGHTNING_DEBUG=1.
 A configuration file names classes and functions to call: run only files that you trust."""

@@ -23,6 +23,7 @@ _NO_SUCH_CLASS = re.compile(
 )
 _MISSING = re.compile(r'Key "(?P<key>[^"]+)" is required|arguments are required: (?P<keys>[^\n]+)')
 _GIVEN = re.compile(r"(?:Got value|Given value): (?P<value>.+)")
+_WRAPPER = re.compile(r"Does not validate against any of the Union|Problem with given class_path")
 _HINT = re.compile(r"Did you mean: .*|It has: .*")
 
 
@@ -103,6 +104,13 @@ def explain(message: str, error: BaseException | None) -> str:
             place = f"{'.'.join(where)}: " if where else ""
             return f"{place}{cause} {found}".rstrip()
     return message
+
+
+def root(error: BaseException) -> BaseException:
+    """The error behind those that say only that a value fits none of an option's types."""
+    while _WRAPPER.match(str(error)) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _chain(error: BaseException | None) -> Iterator[str]:

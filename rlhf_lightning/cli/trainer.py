@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rlhf_lightning.cli.messages import root
 from rlhf_lightning.cli.parser import (
     DEBUG,
     PARSER_MODE,
@@ -22,6 +23,7 @@ from rlhf_lightning.cli.parser import (
     expand_rewards,
     public_classes,
 )
+from rlhf_lightning.cli.quiet import quieten
 from rlhf_lightning.events import RolloutCallback
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -172,15 +174,17 @@ def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
         SystemExit: with status 2 and one message for a mistake in the options, or one that a
             constructor or a setup found before compute was spent.
     """
+    quieten()
     compute = ComputeStarted()
     try:
         return RLHFCLI(arguments, callbacks=[compute])
     except SIGTERMException as error:  # Lightning's has no exit status, which would mean success
         raise SystemExit(128 + signal.SIGTERM) from error
     except (*_REFUSALS, TypeError) as error:
-        if debugging() or compute.started or not _is_refusal(error):
+        cause = root(error)
+        if debugging() or compute.started or not _is_refusal(cause):
             raise
-        refuse(error)
+        refuse(cause)
 
 
 def refuse(error: BaseException) -> NoReturn:
@@ -193,7 +197,7 @@ def refuse(error: BaseException) -> NoReturn:
 def _is_refusal(error: BaseException) -> bool:
     """Whether it was raised on purpose: of TypeErrors, only those that this package raised."""
     if not isinstance(error, TypeError):
-        return True
+        return isinstance(error, _REFUSALS)
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(__file__).parents[1] in Path(raised_in).parents
 

@@ -40,7 +40,7 @@ except BaseException as error:
 
 
 @lru_cache(maxsize=64)
-def probe_template(template: str, variables: str, name: str, timeout: float = 3.0) -> None:
+def probe_template(template: str, variables: str, name: str, timeout: float = 2.0) -> None:
     """Render two short conversations in a child process; a template that passed is not run again.
 
     Args:

@@ -30,7 +30,10 @@ def kl_estimate(
 
     That is said of the values. As a loss, the gradient of ``k1`` has expectation 0 (it belongs into
     the reward), that of ``k2`` is the gradient of the divergence, and that of ``k3``, which GRPO
-    uses (https://arxiv.org/abs/2402.03300, eq. 4), is the gradient of the forward divergence.
+    uses (https://arxiv.org/abs/2402.03300, eq. 4), is the gradient of ``KL(π_ref || π)``. Times the
+    differentiable importance ratio, ``k3`` has the gradient of the divergence too, also off-policy
+    (DeepSeek-V3.2, https://arxiv.org/abs/2512.02556; TRL's ``use_bias_correction_kl``, on by
+    default there): multiply by the ``ratio`` of :func:`clipped_policy_loss`.
 
     ``r`` follows its tangent where ``log r > 20``: there the gradient of ``k3`` with respect to
     ``logprobs`` stays ``1 - e^20`` instead of overflowing, or of vanishing as behind a clamp.

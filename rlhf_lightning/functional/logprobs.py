@@ -210,9 +210,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 logprobs[rows] = picked - total.log()
                 log_partition[rows] = highest.squeeze(-1) + total.log()
                 if entropy is not None:
-                    entropy[rows] = (
-                        total.log() - p.mul_(logits.clamp_(min=_lowest(logits))).sum(dim=-1) / total
-                    )
+                    average = p.mul_(logits.clamp_(min=_lowest(logits))).sum(dim=-1) / total
+                    entropy[rows] = total.log() - average
         ctx.save_for_backward(hidden, weight, bias, targets, log_partition, entropy)
         return logprobs, entropy
 

@@ -18,10 +18,11 @@ _NO_UNITS = dataclasses.replace(
 )
 
 
-def silence() -> None:
-    """Keep math-verify from logging whole completions."""
+def prepare() -> None:
+    """Keep math-verify from logging whole completions, and have it load what it loads lazily."""
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    judge({"gold": r"\frac{1}{2}", "answers": [r"\sqrt{x}"]})
 
 
 def _parse(expression: str) -> list[Any]:

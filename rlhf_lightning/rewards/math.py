@@ -62,7 +62,7 @@ class MathReward:
         self.gold = gold
         self.require_box = require_box
         self.pool = WorkerPool(
-            f"{_TASK}:judge", setup=f"{_TASK}:silence", workers=workers, timeout=timeout
+            f"{_TASK}:judge", setup=f"{_TASK}:prepare", workers=workers, timeout=timeout
         )
 
     def __call__(

@@ -45,7 +45,7 @@ def test_problems_differ_and_follow_the_seed() -> None:
     # The second size is large enough that drawing with repeats would show.
     for digits, size in ((2, 500), (3, 10_000)):
         first = problems(size=size, digits=digits)
-        assert len(set(first)) == size
+        assert len(first) == len(set(first)) == size
         assert problems(size=size, digits=digits) == first
         assert problems(size=size, digits=digits, seed=1) != first
 

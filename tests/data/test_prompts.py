@@ -203,6 +203,14 @@ def test_only_the_template_decides_on_a_conversations_bos(
     assert text == [("<s>" if written else "") + "ab;>"]
 
 
+def test_texts_and_conversations_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": "b"}]
+    chat = ChatOptions(template=template)
+    assert text_of(tokenizer, rows, chat=chat) == ["a;", "b"]
+    assert text_of(tokenizer, rows[::-1], chat=chat) == ["b", "a;"]
+
+
 def test_one_token_is_a_prompt_and_none_is_an_error(
     tokenizer: PreTrainedTokenizerFast, bos_tokenizer: PreTrainedTokenizerFast
 ) -> None:

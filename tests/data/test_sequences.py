@@ -148,6 +148,9 @@ def test_an_eos_that_just_fits_stays(tokenizer: PreTrainedTokenizerFast) -> None
     (row,), counts = encode_sequences([{"text": "abcd"}], tokenizer, max_length=5)
     assert row.input_ids[-1] == EOS
     assert counts["truncated"] == 0
+    (row,), counts = encode_sequences([{"text": "abcd"}], tokenizer, max_length=4)
+    assert tokenizer.decode(row.input_ids) == "abcd"
+    assert counts["truncated"] == 1
 
 
 def test_rows_that_nothing_is_left_of_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:

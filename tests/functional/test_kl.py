@@ -93,6 +93,28 @@ def test_the_estimators_estimate_the_divergence():
         torch.testing.assert_close(mean, divergence, rtol=1e-12, atol=0.0)
 
 
+def test_expected_gradients_are_as_documented():
+    """Over all tokens, weighted by the policy that they are drawn from."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 20, dtype=torch.float64, requires_grad=True)
+    log_p = logits.log_softmax(-1)
+    log_q = torch.randn(1, 20, dtype=torch.float64).log_softmax(-1)
+
+    def gradient(expectation):
+        return torch.autograd.grad(expectation.sum(), logits, retain_graph=True)[0]
+
+    weights, ratio = log_p.detach().exp(), (log_p - log_p.detach()).exp()
+    found = {name: gradient(weights * kl_estimate(log_p, log_q, name)) for name in ESTIMATORS}
+    reverse = gradient(log_p.exp() * (log_p - log_q))
+    forward = gradient(log_q.exp() * (log_q - log_p))
+    corrected = gradient(weights * ratio * kl_estimate(log_p, log_q, "k3"))
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(found["k1"], torch.zeros_like(logits), **close)
+    torch.testing.assert_close(found["k2"], reverse, **close)
+    torch.testing.assert_close(found["k3"], forward, **close)
+    torch.testing.assert_close(corrected, reverse, **close)
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="estimator is 'k4'"):
         kl_estimate(torch.zeros(1, 2), torch.zeros(1, 2), "k4")

@@ -69,8 +69,7 @@ def make_trainer(folder, model, **options):
             per_device_train_batch_size=4,
             num_generations=2,
             max_completion_length=MAX_COMPLETION_LENGTH,
-            use_bias_correction_kl=False,
-            **options,
+            **{"use_bias_correction_kl": False, **options},
         )
         trainer = trl.GRPOTrainer(
             model=model,
@@ -207,11 +206,14 @@ def our_loss(model, batch, denominator, setting):
     """The loss of a GRPO module, in its own words."""
     loss_mask = batch["loss_mask"]
     logprobs = our_logprobs(model, batch, setting.temperature, loss_mask)
-    per_token = clipped_policy_loss(
+    policy = clipped_policy_loss(
         logprobs, batch["old_logprobs"], batch["advantages"], loss_mask, **setting.policy_loss
-    ).loss
+    )
+    per_token = policy.loss
     if setting.beta:
         kl = kl_estimate(logprobs, batch["ref_logprobs"], "k3", loss_mask)
+        if setting.theirs.get("use_bias_correction_kl"):
+            kl = kl * policy.ratio
         per_token = per_token + setting.beta * kl
     return aggregate_loss(per_token, loss_mask, denominator, setting.aggregation == "sequence")
 
@@ -246,6 +248,9 @@ SETTINGS = {
     "kl": Setting({"loss_type": "grpo", "beta": 0.1}, "sequence"),
     "kl, dapo": Setting({"loss_type": "dapo", "beta": 0.1}),
     "kl, dr_grpo": Setting({"loss_type": "dr_grpo", "beta": 0.1}, "constant"),
+    "kl times ratio": Setting(
+        {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True}, "sequence"
+    ),
     "kl, sequence ratio": Setting(
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1},
         "sequence",

@@ -260,11 +260,11 @@ def test_rows_are_checked_before_anything_runs() -> None:
 
 
 def fragile(completions: list[str], log_extra, log_metric) -> list[float]:
-    """Raises on "bad"."""
+    """Raises on "bad", after it has logged something."""
+    log_metric("calls", float(len(completions)))
     if "bad" in completions:
         raise KeyError("no such thing")
     log_extra("upper", [c.upper() for c in completions])
-    log_metric("calls", float(len(completions)))
     return [1.0] * len(completions)
 
 

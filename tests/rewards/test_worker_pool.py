@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rlhf_lightning.rewards.workers import Outcome, WorkerPool, WorkerPoolError, usable_cpus
 
-HERE = Path(__file__).parent
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +92,20 @@ def test_a_hanging_item_costs_its_limit_and_nobody_else(pool: WorkerPool, bad: l
 
 
 def test_the_limit_is_for_each_item_not_for_the_call(pool: WorkerPool) -> None:
-    results = pool.map([["sleep", 0.2]] * 8, timeout=0.7)  # 0.8 s on each of two workers
+    # Each of the two workers is first given six at once, which take longer together.
+    results = pool.map([["sleep", 0.1]] * 24, timeout=0.5)
     assert {r.outcome for r in results} == {Outcome.DONE}
 
 
-def test_memory_is_bounded_and_the_neighbours_are_not_blamed() -> None:
+def test_memory_is_bounded_and_the_neighbours_are_not_blamed(tmp_path: Path) -> None:
     pool = WorkerPool("worker_tasks:misbehave", workers=1, memory_bytes=512 << 20, timeout=10.0)
-    results = pool.map([["", 0], ["memory", 1 << 30], ["", 0], ["memory", 1 << 20], ["", 0]])
+    hungry, modest = ["memory", 1 << 30], ["memory", 1 << 20]
+    results = pool.map([["", 0], hungry, ["", 0], modest, ["", 0]])
     assert [r.outcome.value for r in results] == ["done", "out_of_memory", "done", "done", "done"]
     assert "512 MiB" in results[1].error
+    # Given together with the one before it, and then dying once by itself: not a second death.
+    results = pool.map([hungry, ["die once", str(tmp_path / "marker")], ["", 0], ["", 0]])
+    assert [r.outcome.value for r in results] == ["out_of_memory", "done", "done", "done"]
     pool.close()
 
 
@@ -197,12 +202,10 @@ def test_workers_hold_neither_torch_nor_secrets(monkeypatch: pytest.MonkeyPatch)
     spy = WorkerPool("worker_tasks:environment", workers=1)
     assert [r.value for r in spy.map(["JUDGE_API_KEY", "OMP_NUM_THREADS"])] == [None, "1"]
     spy.close()
-    math_pool = WorkerPool("rlhf_lightning.rewards._math_task:judge", workers=1)
-    names = WorkerPool("worker_tasks:modules", "rlhf_lightning.rewards._math_task:silence")
+    names = WorkerPool("worker_tasks:modules", "rlhf_lightning.rewards._math_task:prepare")
     loaded = names.map([0])[0].value
     assert "math_verify" in loaded
     assert not {"torch", "lightning", "rlhf_lightning", "rlhf_lightning.rewards"} & set(loaded)
-    math_pool.close()
     names.close()
 
 
@@ -268,6 +271,23 @@ def test_a_forked_child_gets_workers_of_its_own(scaling: WorkerPool) -> None:
     assert scaling.pids == ours
 
 
+def test_a_forked_child_that_exits_leaves_its_parents_workers_alone() -> None:
+    script = """
+import os, sys
+from rlhf_lightning.rewards.workers import WorkerPool
+pool = WorkerPool("worker_tasks:scale", workers=2)
+pool.map([1, 2])
+pids = pool.pids
+child = os.fork()
+if child == 0:
+    sys.exit(0)  # runs the finalizers that it inherited
+os.waitpid(child, 0)
+print([result.value for result in pool.map([3, 4])], pool.pids == pids)
+"""
+    run = subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, text=True)
+    assert run.stdout == "[6, 8] True\n", run.stderr
+
+
 def test_copies_are_unstarted(scaling: WorkerPool) -> None:
     values(scaling, [1])
     for twin in (copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
@@ -277,20 +297,22 @@ def test_copies_are_unstarted(scaling: WorkerPool) -> None:
         twin.close()
 
 
-def test_an_interrupted_call_leaves_no_stale_answers(scaling: WorkerPool) -> None:
+def test_an_interrupted_call_leaves_no_stale_answers() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    pool = WorkerPool("worker_tasks:late_echo", workers=1, timeout=10.0)
+    pool.map([[0, ""]])
     previous = signal.signal(signal.SIGALRM, interrupt)
-    values(scaling, [0])
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            scaling.map(list(range(100, 1000)))
+            pool.map([[0.6, "stale"]])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    assert values(scaling, list(range(20))) == [3 * n for n in range(20)]
+    assert [r.value for r in pool.map([[0, "fresh"]])] == ["fresh"]
+    pool.close()
 
 
 def test_workers_end_with_close_and_with_the_pool() -> None:
@@ -322,7 +344,7 @@ if sys.argv[1] == "busy":
         [sys.executable, "-c", script, mode],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        env=ENV,
     )
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]

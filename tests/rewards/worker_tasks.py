@@ -37,6 +37,12 @@ def echo(value: Any) -> Any:
     return value
 
 
+def late_echo(item: list[Any]) -> Any:
+    seconds, value = item
+    time.sleep(seconds)
+    return value
+
+
 def environment(name: str) -> str | None:
     return os.environ.get(name)
 
