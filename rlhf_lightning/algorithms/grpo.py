@@ -68,13 +68,21 @@ class PolicyLossConfig:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.aggregation == "constant" and not self.max_completion_length:
+        if (self.aggregation == "constant") != (self.max_completion_length is not None):
             raise ValueError(
-                "policy_loss.max_completion_length: aggregation 'constant' divides by it. Set it to"
-                " the data module's sampling.max_new_tokens"
+                f"policy_loss.max_completion_length is {self.max_completion_length} with aggregation"
+                f" {self.aggregation!r}: 'constant' divides by it (set it to the data module's"
+                " sampling.max_new_tokens), and the others have no use for it"
             )
-        if min(self.clip_low, self.clip_high) < 0:
-            raise ValueError("policy_loss.clip_low and clip_high must not be negative")
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(
+                f"policy_loss.clip_low is {self.clip_low} and clip_high {self.clip_high}; clip_low"
+                " must be in [0, 1] and clip_high at least 0"
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"policy_loss.dual_clip is {self.dual_clip}; it must be more than 1 + clip_high"
+            )
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -129,6 +130,16 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:
+        """Parse; a nested option's ``null`` is null.
+
+        jsonargparse hands an option like ``--data.prompts.split null`` on to the parser of the
+        nested class as Python text, where it would be the text ``None``.
+        """
+        if args is not None and not self.exit_on_error:
+            args = [re.sub("=None$", "=null", arg) for arg in args]
+        return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Name the nearest valid option or class; the outermost parser exits with status 2."""

@@ -101,9 +101,8 @@ def group_statistics(
 
     num_valid = total(valid.long())
     known = torch.where(valid, rewards, torch.inf)
-    lowest = known.new_full((len(groups),), torch.inf).scatter_reduce(0, group, known, "amin")[
-        group
-    ]
+    lowest = known.new_full((len(groups),), torch.inf).scatter_reduce(0, group, known, "amin")
+    lowest = lowest[group]
     above = torch.where(valid, rewards - lowest, 0)
     mean_above = total(above) / num_valid.clamp(min=1)
     deviation = torch.where(valid, above - mean_above, 0)

@@ -269,8 +269,15 @@ def test_options_are_checked_when_they_are_given() -> None:
         grpo(kl={"betta": 0.1})
     with pytest.raises(TypeError, match=r"Did you mean 'clip_low'"):
         grpo(policy_loss={"clip_lo": 0.1})
-    with pytest.raises(ValueError, match="max_completion_length"):
-        grpo(policy_loss={"aggregation": "constant"})
+    for options, message in (
+        ({"aggregation": "constant"}, "max_completion_length is None with aggregation 'constant'"),
+        ({"max_completion_length": 8}, "max_completion_length is 8 with aggregation 'sequence'"),
+        ({"clip_low": 1.5}, "clip_low is 1.5"),
+        ({"clip_high": -0.1}, "clip_high -0.1"),
+        ({"dual_clip": 1.1}, "dual_clip is 1.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grpo(policy_loss=options)
     with pytest.raises(ValueError, match="must not be negative"):
         grpo(kl={"coef": -1.0})
     with pytest.raises(ValueError, match="temperature is 0"):

@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 from rlhf_lightning.cli.recipe import Metric, RecipeError, read_recipe, substitute
 from rlhf_lightning.cli.yaml_files import dump_yaml, parse_yaml
 
-FIRST = "trainer: {max_epochs: 1, callbacks: [{class_path: HFExport, init_args: {folder: '${output}/export'}}]}"
+FIRST = """\
+trainer:
+  max_epochs: 1
+  callbacks: [{class_path: HFExport, init_args: {folder: "${output}/export"}}]
+"""
 SECOND = "validate: {seed_everything: '${seed}', model: '${stages.1_sft.export}'}"
-RUN = "defaults: {seed: 3}\nsummary: {accuracy: '${stages.2_eval.metrics.eval/accuracy}'}\nnext: [go on]"
+RUN = """\
+defaults: {seed: 3}
+summary: {accuracy: "${stages.2_eval.metrics.eval/accuracy}"}
+next: [go on]
+"""
 
 
 @pytest.fixture

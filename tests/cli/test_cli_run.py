@@ -238,7 +238,8 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     start = load_file("whole/1_sft/export/model.safetensors")
     assert any(not weights[0][name].equal(start[name]) for name in start)
     assert all(weights[0][name].equal(weights[1][name]) for name in start)
-    steps = [json.loads(line)["step"] for line in Path("broken/2_grpo/samples.jsonl").open()]
+    samples = Path("broken/2_grpo/samples.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in samples]
     assert steps == sorted(steps)
     assert set(steps) == {0, 1, 2, 3}
 

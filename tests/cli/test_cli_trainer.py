@@ -106,6 +106,13 @@ def test_short_names(options: list[str], grpo_file: str) -> None:
     ]
 
 
+def test_null_in_a_nested_option_is_null(grpo_file: str) -> None:
+    options = ["--data.prompts.size", "null", "--data.validation.prompts.size=null"]
+    data = RLHFCLI(["fit", "--config", grpo_file, *options], check_only=True).config.fit.data
+    assert data.init_args.prompts.init_args.size is None
+    assert data.init_args.validation.prompts.init_args.size is None
+
+
 def test_print_config_shows_defaults_and_can_be_run_again(
     grpo_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,8 +142,10 @@ def test_every_item_has_exactly_one_result_under_random_kills(
     stop = threading.Event()
 
     def shoot() -> None:
-        while not stop.wait(chance.uniform(0.01, 0.08)):
-            for pid in chance.sample(scaling.pids, min(1, len(scaling.pids))):
+        for _ in range(12):  # fewer than the deaths in a row that stop a call
+            if stop.wait(chance.uniform(0.01, 0.05)):
+                break
+            for pid in scaling.pids[:1]:
                 os.kill(pid, chance.choice([signal.SIGKILL, signal.SIGSEGV]))
 
     killer = threading.Thread(target=shoot)
@@ -157,7 +159,7 @@ def test_every_item_has_exactly_one_result_under_random_kills(
     for item, result in enumerate(results):
         assert result.outcome in (Outcome.DONE, Outcome.CRASH)
         assert result.outcome is Outcome.CRASH or result.value == 3 * item
-    # Two of the stray shots may hit the same item, but hardly more than one of 200.
+    # Two of the stray shots may hit the same item, but hardly more than two of 200.
     assert sum(result.outcome is Outcome.CRASH for result in results) <= 2
 
 
