@@ -96,8 +96,8 @@ class CausalPolicy(nn.Module):
                 f"input_ids {tuple(input_ids.shape)}, attention_mask {tuple(attention_mask.shape)}"
                 f" and loss_mask {tuple(loss_mask.shape)} must have the same shape [B, T]"
             )
-        # Causal attention never looks right: with its padding there a row needs no attention mask,
-        # positions count up from 0 and attention runs its fastest kernel.
+        # Causal attention never looks right: with its padding there a row needs no attention mask
+        # (all ones is none), positions count up from 0 and attention runs its fastest kernel.
         to_right, back = _rotations(attention_mask)
         input_ids, loss_mask = input_ids.gather(1, to_right), loss_mask.gather(1, to_right)
         if not self._probed:
@@ -106,7 +106,7 @@ class CausalPolicy(nn.Module):
         head = self._head
         if head is None:
             logprobs, entropy = logprobs_from_logits(
-                self.model(input_ids=input_ids, use_cache=False).logits,
+                self.model(**_unpadded(input_ids)).logits,
                 input_ids,
                 loss_mask,
                 temperature=temperature,
@@ -114,7 +114,7 @@ class CausalPolicy(nn.Module):
             )
         else:
             logprobs, entropy = token_logprobs(
-                self.model.base_model(input_ids=input_ids, use_cache=False)[0],
+                self.model.base_model(**_unpadded(input_ids))[0],
                 head.module.weight,
                 input_ids,
                 loss_mask,
@@ -151,6 +151,11 @@ def _rotations(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return (columns + padding) % columns.shape[1], (columns - padding) % columns.shape[1]
 
 
+def _unpadded(input_ids: Tensor) -> dict[str, Any]:
+    ones = torch.ones_like(input_ids)
+    return {"input_ids": input_ids, "attention_mask": ones, "use_cache": False}
+
+
 def _hidden_and_logits(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states and logits of one and the same forward pass.
 
@@ -161,7 +166,7 @@ def _hidden_and_logits(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tenso
     device = input_ids.device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            logits = model(input_ids=input_ids, use_cache=False).logits
+            logits = model(**_unpadded(input_ids)).logits
     finally:
         hook.remove()
     return kept[0], logits

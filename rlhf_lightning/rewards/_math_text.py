@@ -67,8 +67,9 @@ def extract_answer(completion: str, require_box: bool) -> str | None:
     r"""The answer as the model wrote it, or None where it gave none.
 
     The last statement of an answer counts: a box, ``#### x`` or "the answer is x". Where there is
-    none of these, and ``require_box`` is False: the last formula between dollars, the number or the
-    sum of money with which the text ends, or the whole text where it is nothing but an expression.
+    none of these, the last line is asked for, in this order: its last formula between dollars; all
+    of it, where it is the whole text and no prose; a number that ends it; its last sum of money.
+    With ``require_box`` only a box counts.
 
     >>> extract_answer("<think>\\boxed{4}</think> The answer is 72.", require_box=False)
     '72'

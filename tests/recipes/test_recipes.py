@@ -1,0 +1,148 @@
+"""Every recipe parses, is instantiated and takes two steps on a tiny model, offline."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_lightning.cli.recipe import read_recipe
+from rlhf_lightning.cli.trainer import run_trainer
+from rlhf_lightning.cli.yaml_files import dump_yaml, read_yaml
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+FILES = sorted(RECIPES.rglob("*.yaml"))
+CONFIGS = [path for path in FILES if path.name != "run.yaml"]
+NAMES = [str(path.relative_to(RECIPES)) for path in CONFIGS]
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MODEL = {
+    "config": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+    },
+    "characters": string.printable,
+    "chat_template": TEMPLATE,
+}
+PROBLEM = {"question": "What is 1+1?", "answer": "1 and 1 are 2.\n#### 2"}
+CONVERSATION = {
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+}
+# What a recipe's sizes become, wherever they stand.
+SMALL: dict[str, Any] = {
+    "max_epochs": 1,
+    "max_steps": -1,
+    "limit_val_batches": 1,
+    "limit_test_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "val_check_interval": None,
+    "accumulate_grad_batches": 1,
+    "accelerator": "cpu",
+    "devices": 1,
+    "strategy": "auto",
+    "enable_progress_bar": False,
+    "phase": {"prompts": 2, "steps": 2},
+    "batch_size": 2,
+    "n": 2,
+    "max_new_tokens": 3,
+}
+
+
+def shrink(value: Any, folder: Path) -> Any:
+    """The same configuration with a tiny model, few rows of a local file, and two steps."""
+    if isinstance(value, list):
+        return [shrink(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    small = {key: shrink(item, folder) for key, item in value.items()}
+    small.update({key: SMALL[key] for key in small if key in SMALL})
+    arguments = small.get("init_args", {})
+    kind = str(small.get("class_path", "")).rpartition(".")[2]
+    if "model" in arguments:
+        arguments["model"] = MODEL
+    if kind == "PromptFile":
+        for key in ("name", "split", "revision"):
+            arguments.pop(key, None)
+        rows = "problems" if "template" in arguments else "conversations"
+        arguments["path"] = str(folder / f"{rows}.jsonl")
+    if kind == "ArithmeticPrompts":
+        arguments["size"] = 4
+    return small
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], str]:
+    """Writes a recipe's configuration, made small, into an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, row in (("problems", PROBLEM), ("conversations", CONVERSATION)):
+        Path(f"{name}.jsonl").write_text(4 * (json.dumps(row) + "\n"))
+
+    def write(config: dict[str, Any]) -> str:
+        small = shrink(config, tmp_path)
+        small.setdefault("trainer", {}).update({k: SMALL[k] for k in ("max_epochs", "accelerator")})
+        Path("tiny.yaml").write_text(dump_yaml(small))
+        return "tiny.yaml"
+
+    return write
+
+
+def test_there_are_recipes() -> None:
+    assert len(CONFIGS) > 0
+    assert {"quickstart", "grpo", "sft"} <= {path.parent.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_recipe_takes_two_steps(path: Path, tiny: Callable[[dict[str, Any]], str]) -> None:
+    command, config = "fit", read_yaml(path)
+    if (path.parent / "run.yaml").exists():
+        stages = {stage.name: stage for stage in read_recipe(path.parent).stages}
+        command, config = stages[path.stem].command, stages[path.stem].at(Path("outputs"))
+    cli = run_trainer([command, "--config", tiny(config)])
+    if command == "fit":
+        assert cli.trainer.global_step == 2
+        exports = list(Path("outputs").rglob("export/model.safetensors"))
+        assert len(exports) == 1
+    else:
+        assert "eval/accuracy" in cli.trainer.callback_metrics
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_recipe_can_go_on_after_a_stop(path: Path) -> None:
+    config = read_yaml(path)
+    if set(config) <= {"validate", "test", "predict"}:
+        return  # nothing is trained
+    callbacks = config["trainer"]["callbacks"]
+    (checkpoint,) = [
+        callback["init_args"]
+        for callback in callbacks
+        if isinstance(callback, dict) and callback["class_path"] == "ModelCheckpoint"
+    ]
+    assert checkpoint["save_last"] is True
+    assert checkpoint["auto_insert_metric_name"] is False
+    assert checkpoint["enable_version_counter"] is False
+    assert checkpoint["dirpath"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(RECIPES)) for path in FILES])
+def test_recipe_says_what_it_does(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = "\n".join(takewhile(lambda line: line.startswith("#"), lines))
+    assert header
+    if (path.parent / "run.yaml").exists() and path.name != "run.yaml":
+        return  # the launch line and the result of the whole are in run.yaml
+    command, what = ("run", path.parent) if path.name == "run.yaml" else ("fit --config", path)
+    assert f"rlhf-lightning {command} {what.relative_to(RECIPES.parent)}" in header
+    assert "Expected" in header
