@@ -239,7 +239,8 @@ class RolloutDataModule(ResumableDataModule):
         if self._bound is not model:
             self.engine.bind(model, self.tokenizer)
             self._bound = model
-        self.engine.update_weights(model.named_parameters(), version)
+        weights = () if self.engine.shares_weights else model.named_parameters()
+        self.engine.update_weights(weights, version)
         dispatch(self._trainer, "on_weights_updated", version)
         return RolloutCollector(self.engine, self.tokenizer, self.rewards, sampling)
 

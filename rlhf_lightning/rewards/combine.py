@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,7 @@ class ScoredRewards:
         verdicts: ``[B, R]`` int64, ``Verdict.code`` or -1 where the function gives none.
         names: of the functions, all different.
         details: one dict a row: for each function that said something, what it said.
-        metrics: the functions' own, and counts (see :meth:`RewardCombiner.score`).
+        metrics: figures that the functions logged.
         extras: columns that the functions logged, one value a row.
     """
 
@@ -97,10 +96,7 @@ class RewardCombiner:
             trainer_state: passed on to the functions that ask for it.
 
         Returns:
-            The scores. ``metrics`` holds what functions logged, and
-            ``rewards/{name}/verdict/{verdict}`` (shares of the rows),
-            ``rewards/{name}/masked`` (how many rows have no score by the function's fault) and
-            ``rewards/unscored`` (the share of rows that no function scored).
+            The scores, and what the functions logged.
 
         Raises:
             RewardError: where a function returns what is no list of scores, fails and the policy
@@ -127,29 +123,6 @@ class RewardCombiner:
             self._loop.abandon()  # a coroutine may be blocking it
         results = [evaluation.results() for evaluation in evaluations]
         return self._collect(results, evaluations, len(completions))
-
-    def total(
-        self, values: Tensor, valid: Tensor, weights: Sequence[float] | Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the scores that are there.
-
-        Args:
-            values: ``[B, R]``.
-            valid: ``[B, R]`` bool; scores where it is False are left out.
-            weights: ``[R]``, in place of the combiner's.
-
-        Returns:
-            ``[B]`` sums, 0 where there is no score at all, and ``[B]`` bool, whether there is one.
-        """
-        if values.shape != valid.shape or values.shape[-1] != len(self.functions):
-            raise ValueError(
-                f"values {tuple(values.shape)} and valid {tuple(valid.shape)} must both be"
-                f" [B, {len(self.functions)}]"
-            )
-        weight = torch.as_tensor(self.weights if weights is None else weights).to(values)
-        if weight.shape != (len(self.functions),):
-            raise ValueError(f"weights has shape {tuple(weight.shape)}, not [{len(self.names)}]")
-        return (torch.where(valid, values, 0.0) * weight).sum(dim=-1), valid.any(dim=-1)
 
     def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Find what would fail later, when the data set is loaded.
@@ -205,10 +178,6 @@ class RewardCombiner:
                     scored.verdicts[row, column] = result.verdict.code
                 if result.details:
                     scored.details[row][name] = dict(result.details)
-            scored.metrics.update(_counts(name, found))
-        if count:
-            unscored = ~scored.valid.any(dim=1)
-            scored.metrics["rewards/unscored"] = float(unscored.float().mean())
         _add_logged(scored, evaluations)
         return scored
 
@@ -241,16 +210,6 @@ def _checked_rows(
                 f"{name!r} has {len(values)} values for {len(completions)} completions"
             )
     return rows
-
-
-def _counts(name: str, found: list[RewardResult]) -> dict[str, float]:
-    counts = Counter(result.verdict for result in found if result.verdict is not None)
-    metrics = {
-        f"rewards/{name}/verdict/{verdict.value}": count / len(found)
-        for verdict, count in counts.items()
-    }
-    metrics[f"rewards/{name}/masked"] = float(sum(counts[verdict] for verdict in _FAULTS))
-    return metrics
 
 
 def _add_logged(scored: ScoredRewards, evaluations: list[Evaluation]) -> None:

@@ -75,7 +75,7 @@ def test_samples_are_logged_and_a_resumed_run_logs_each_once(tmp_path: Path) -> 
     fit(tmp_path / "whole", 3)
     whole = samples_of(tmp_path / "whole")
     assert len(whole) == 3 * 16
-    assert {"step", "id", "prompt", "completion", "reward", "advantage", "verdicts"} <= set(whole[0])
+    assert {"step", "id", "prompt", "completion", "reward", "advantage"} <= set(whole[0])
     folder = tmp_path / "stopped"
     fit(folder, 3)
     with (folder / "samples.jsonl").open("ab") as file:
