@@ -71,8 +71,8 @@ class PolicyLossConfig:
         if (self.aggregation == "constant") != (self.max_completion_length is not None):
             raise ValueError(
                 f"policy_loss.max_completion_length is {self.max_completion_length} with"
-                f" aggregation {self.aggregation!r}: 'constant' divides by it (set it to the data module's"
-                " sampling.max_new_tokens), and the others have no use for it"
+                f" aggregation {self.aggregation!r}: 'constant' divides by it (set it to the data"
+                " module's sampling.max_new_tokens), and the others have no use for it"
             )
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
             raise ValueError(

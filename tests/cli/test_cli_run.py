@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,22 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     steps = [json.loads(line)["step"] for line in samples]
     assert steps == sorted(steps)
     assert set(steps) == {0, 1, 2, 3}
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_export(real_recipe: Path) -> None:
+    only_sft = real_recipe.parent / "only_sft"
+    write_recipe(only_sft, {"1_sft": yaml.safe_load((real_recipe / "1_sft.yaml").read_text())})
+    assert main(["run", str(only_sft), "--output", "out"]) == 0
+    stage = Path("out/1_sft")
+    before = load_file(stage / "export/model.safetensors")
+    shutil.rmtree(stage / "export")
+    marker = Marker.read(stage)
+    assert marker is not None
+    marker.done = False
+    marker.write(stage)
+    assert main(["run", str(only_sft), "--output", "out"]) == 0
+    after = load_file(stage / "export/model.safetensors")
+    assert all(before[name].equal(after[name]) for name in before)
 
 
 def test_samples_are_inert_on_a_terminal(recipe_folder: Path) -> None:
