@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from rlhf_lightning.cli.messages import root
 from rlhf_lightning.cli.parser import (
@@ -24,6 +25,7 @@ from rlhf_lightning.cli.parser import (
     public_classes,
 )
 from rlhf_lightning.cli.quiet import quieten
+from rlhf_lightning.cli.yaml_files import read_yaml
 from rlhf_lightning.events import RolloutCallback
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -36,12 +38,43 @@ _REFUSALS = (ValueError, OSError, MisconfigurationException, ModuleNotFoundError
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` beside the logs, replacing the one of an earlier run."""
+    """Writes ``config.yaml`` beside the logs, replacing the one of an earlier run.
+
+    Where a run goes on from a checkpoint, it first says which options are not those of that file.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the configuration, unless it would land in the working directory."""
-        if trainer.loggers or Path(trainer.default_root_dir).resolve() != Path.cwd():
-            super().setup(trainer, pl_module, stage)
+        if not trainer.loggers and Path(trainer.default_root_dir).resolve() == Path.cwd():
+            return
+        earlier = Path(trainer.log_dir or "") / self.config_filename
+        if self.config.get("ckpt_path") and not self.already_saved and earlier.is_file():
+            self._report_changes(earlier)
+        super().setup(trainer, pl_module, stage)
+
+    def _report_changes(self, earlier: Path) -> None:
+        before = _flat(read_yaml(earlier))
+        now = _flat(yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml")))
+        changes = [
+            f"  {key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
+            for key in sorted({*before, *now} - {"ckpt_path"})
+            if before.get(key) != now.get(key)
+        ]
+        if changes:
+            listed = "\n".join(changes)
+            rank_zero_info(f"Going on from a checkpoint with other options ({earlier}):\n{listed}")
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with dotted keys."""
+    items = enumerate(config) if isinstance(config, list) else config.items()
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 class ComputeStarted(RolloutCallback):

@@ -159,6 +159,23 @@ def test_flags_win_over_a_checkpoint(grpo_file: str) -> None:
     assert cli.trainer.global_step == 3  # one more phase than the checkpoint had
 
 
+def test_options_that_changed_since_the_checkpoint_are_listed(
+    grpo_file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--trainer.default_root_dir=kept", "--trainer.enable_checkpointing=true"]
+    saved = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=ckpt"]
+    flags += [*saved, "--trainer.callbacks.save_last=true"]
+    run_trainer(["fit", "--config", grpo_file, *flags])
+    assert "other options" not in caplog.text
+    changed = ["--trainer.max_epochs=3", "--data.sampling.temperature=0.5", "--ckpt_path=last"]
+    run_trainer(["fit", "--config", grpo_file, *flags, *changed])
+    listed = caplog.text[caplog.text.index("other options") :].splitlines()[1:3]
+    assert listed == [
+        "  data.init_args.sampling.temperature: 1.0 -> 0.5",
+        "  trainer.max_epochs: 2 -> 3",
+    ]
+
+
 def test_missing_checkpoint_is_found_before_anything_is_built(
     grpo_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
