@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
-from tiny import grpo, quiet_trainer, rollouts, sequences, sft
+from tiny import adamw, grpo, quiet_trainer, rollouts, sequences, sft, tiny_model
 
-from rlhf_lightning.algorithms import KLConfig
-from rlhf_lightning.data import ValidationConfig
+from rlhf_lightning.algorithms import GRPOModule, KLConfig
+from rlhf_lightning.data import RolloutDataModule, ValidationConfig
 
 
 class Trace(Callback):
@@ -28,6 +28,12 @@ class Trace(Callback):
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
+        self.saved: dict[int, tuple[int, int]] = {}
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        """How much had been trained and logged when the checkpoint of a step was written."""
+        at = (len(self.batches), len(trainer.logger.rows))
+        self.saved.setdefault(trainer.global_step, at)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         noise = (float(torch.rand(())), float(np.random.rand()), random.random())
@@ -79,7 +85,8 @@ def every_step(folder: Path) -> ModelCheckpoint:
     )
 
 
-def assert_same_end(whole: Any, resumed: Any, tail: int) -> None:
+def assert_same_end(whole: Any, resumed: Any, trained: int, logged: int) -> None:
+    """The resumed run does, and logs, all that the whole one did after a point, and no more."""
     (module, trainer, trace), (module2, trainer2, trace2) = whole, resumed
     assert trainer2.global_step == trainer.global_step
     for (name, a), b in zip(
@@ -90,12 +97,9 @@ def assert_same_end(whole: Any, resumed: Any, tail: int) -> None:
     for key, state in moments[0].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][key][name]))
-    assert trace2.batches == trace.batches[len(trace.batches) - tail :]
-    figures, figures2 = trainer.logger.rows, trainer2.logger.rows
-    assert len(figures2) > 0 or tail == 0
-    for (step, row), (step2, row2) in zip(
-        figures[len(figures) - len(figures2) :], figures2, strict=True
-    ):
+    assert trace2.batches == trace.batches[trained:]
+    owed = trainer.logger.rows[logged:]
+    for (step, row), (step2, row2) in zip(owed, trainer2.logger.rows, strict=True):
         assert step2 == step
         assert {k: (row[k], v) for k, v in row2.items() if row[k] != v} == {}
         assert row.keys() == row2.keys()
@@ -122,6 +126,14 @@ RUNS = {
         lambda: (grpo(), rollouts(validation=ValidationConfig(rollouts().prompts, batch_size=50))),
         {"max_epochs": 2, "val_check_interval": 1},
     ),
+    "grpo-validation-at-the-end": (
+        lambda: (grpo(), rollouts(validation=ValidationConfig(rollouts().prompts, batch_size=50))),
+        {"max_epochs": 3, "check_val_every_n_epoch": 2},
+    ),
+    "sft-validation": (
+        lambda: (sft(), sequences(validation=sequences().dataset)),
+        {"max_epochs": 2, "val_check_interval": 3},
+    ),
     "sft": (lambda: (sft(), sequences()), {"max_epochs": 2}),
     "sft-accumulate-scheduler": (
         lambda: (
@@ -137,11 +149,15 @@ RUNS = {
 def test_resume_from_every_step_is_exact(name: str, tmp_path: Path) -> None:
     make, options = RUNS[name]
     whole = run(make, tmp_path, [every_step(tmp_path / "checkpoints")], **options)
-    steps, parts = whole[1].global_step, options.get("accumulate_grad_batches", 1)
-    for step in range(1, steps + 1):
+    rows = whole[1].logger.rows
+    for step, (trained, logged) in whole[2].saved.items():
+        if logged < len(rows) and set(rows[logged][1]) == {"train/loss", "epoch"}:
+            logged += 1  # a step's own row is logged right after its checkpoint
+        if step == options.get("max_steps"):
+            logged = len(rows)  # Lightning finds nothing left to do, and calls no hook
         checkpoint = tmp_path / "checkpoints" / f"step={step}.ckpt"
         resumed = run(make, tmp_path, [], ckpt=str(checkpoint), **options)
-        assert_same_end(whole, resumed, tail=len(whole[2].batches) - step * parts)
+        assert_same_end(whole, resumed, trained, logged)
 
 
 @pytest.mark.parametrize("name", ["grpo", "sft"])
@@ -155,26 +171,146 @@ def test_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(name: str, tmp_
         save_top_k=-1,
     )
     whole = run(make, tmp_path, [saver], **options)
-    per_epoch = len(whole[2].batches) // options["max_epochs"]
+    (trained, logged) = next(iter(whole[2].saved.values()))
     resumed = run(make, tmp_path, [], ckpt=str(tmp_path / "epoch=0.ckpt"), **options)
-    assert_same_end(whole, resumed, per_epoch * (options["max_epochs"] - 1))
+    assert trained == len(whole[2].batches) // options["max_epochs"]
+    assert_same_end(whole, resumed, trained, logged + 1)  # the epoch's own row is logged with it
 
 
-def test_a_crash_between_steps_loses_no_micro_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [3, 4, 8])
+def test_train_n_and_resume_n_is_train_2n_with_max_steps(steps: int, tmp_path: Path) -> None:
+    def make() -> Any:
+        return grpo(), rollouts(steps=4)
+
+    whole = run(make, tmp_path, [], max_steps=12)
+    first = run(make, tmp_path, [], max_steps=steps)
+    first[1].save_checkpoint(tmp_path / "end.ckpt")
+    resumed = run(make, tmp_path, [], ckpt=str(tmp_path / "end.ckpt"), max_steps=12)
+    rows, rows2 = whole[1].logger.rows, resumed[1].logger.rows
+    if steps % 4:  # the first run has logged its part of the phase, the second logs the rest
+        assert [row[0] for row in rows2] == [row[0] for row in rows]
+        rows2[:] = rows
+    assert_same_end(whole, resumed, steps, steps // 4)
+
+
+def test_a_crash_in_an_accumulated_step_repeats_that_step(tmp_path: Path) -> None:
     make, options = RUNS["grpo-kl-accumulate-epochs"]
     whole = run(make, tmp_path, [], **options)
-    for batches in (3, 5, 8):
+    for batches in (3, 4, 5, 8, 11):
         folder = tmp_path / str(batches)
         saver = ModelCheckpoint(dirpath=folder, filename="crash", save_on_exception=True)
         with pytest.raises(KeyError):
             run(make, tmp_path, [saver, StopAfter(batches)], **options)
-        (saved,) = (
-            folder.glob("exception*.ckpt")
-            if list(folder.glob("exception*"))
-            else folder.glob("*.ckpt")
-        )
+        (saved,) = folder.glob("*.ckpt")
         resumed = run(make, tmp_path, [], ckpt=str(saved), **options)
-        assert resumed[1].global_step == whole[1].global_step
+        assert_same_end(whole, resumed, batches // 2 * 2, (batches - 1) // 8)
+
+
+def test_crashing_twice_before_anything_is_trained_loses_nothing(tmp_path: Path) -> None:
+    class FailsAtStart(Callback):
+        def __init__(self, hook: str) -> None:
+            setattr(self, hook, self.fail)
+
+        def fail(self, *args: Any) -> None:
+            raise KeyError("stopped by the test")
+
+    make, options = RUNS["grpo"]
+    whole = run(make, tmp_path, [], **options)
+    saved = None
+    for number, hook in enumerate(["on_train_batch_start", "on_train_start", "on_train_start"]):
+        path = tmp_path / f"{number}.ckpt"
+        with pytest.raises(KeyError):
+            run(make, tmp_path, [FailsAtStart(hook), SaveOnException(path)], saved, **options)
+        saved = str(path)
+    resumed = run(make, tmp_path, [], ckpt=saved, **options)
+    assert_same_end(whole, resumed, 0, 0)
+
+
+def test_limit_train_batches_is_part_of_the_place(tmp_path: Path) -> None:
+    def make() -> Any:
+        return grpo(), rollouts(steps=4)
+
+    options = {"max_epochs": 3, "limit_train_batches": 2}
+    whole = run(make, tmp_path, [every_step(tmp_path / "c")], **options)
+    for step in (1, 2, 3, 4):
+        resumed = run(make, tmp_path, [], ckpt=str(tmp_path / "c" / f"step={step}.ckpt"), **options)
+        assert_same_end(whole, resumed, *whole[2].saved[step])
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "message"),
+    [
+        (
+            {"steps": 2},
+            {},
+            "4 micro-batches with accumulate_grad_batches=1; now there are 2 with 1",
+        ),
+        ({"steps": 4}, {"accumulate_grad_batches": 2}, "now there are 8 with 2"),
+    ],
+)
+def test_an_epoch_that_was_cut_otherwise_is_not_continued(
+    changed: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    savers = [
+        every_step(tmp_path),
+        ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
+    ]
+    run(lambda: (grpo(), rollouts(steps=4)), tmp_path, savers, max_epochs=2)
+
+    def resume(checkpoint: str) -> Any:
+        def make() -> Any:
+            return grpo(), rollouts(**changed)
+
+        return run(make, tmp_path, [], ckpt=str(tmp_path / checkpoint), max_epochs=2, **options)
+
+    with pytest.raises(ValueError, match=message):
+        resume("step=3.ckpt")
+    resumed = resume("epoch=0.ckpt")
+    assert len(resumed[2].batches) == changed["steps"] * options.get("accumulate_grad_batches", 1)
+
+
+def test_a_checkpoint_without_the_data_modules_state_is_refused(tmp_path: Path) -> None:
+    class Renamed(RolloutDataModule):
+        pass
+
+    run(lambda: (grpo(), rollouts()), tmp_path, [every_step(tmp_path)], max_epochs=2)
+    data = rollouts()
+    data.__class__ = Renamed
+    with pytest.raises(ValueError, match="no state of a .*Renamed"):
+        run(lambda: (grpo(), data), tmp_path, [], ckpt=str(tmp_path / "step=3.ckpt"), max_epochs=2)
+
+
+def test_a_second_fit_on_the_same_trainer_goes_on_with_new_prompts(tmp_path: Path) -> None:
+    phases: list[int] = []
+
+    class Watch(Callback):
+        def on_rollout_start(self, trainer: Any, pl_module: Any, phase: int) -> None:
+            phases.append(phase)
+
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[Watch()])
+    module, data = grpo(), rollouts()
+    trainer.fit(module, data)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, data)
+    assert phases == [0, 1, 2, 3]
+
+
+def test_a_data_module_reads_its_prompts_anew_for_another_tokenizer(tmp_path: Path) -> None:
+    data = rollouts()
+    quiet_trainer(tmp_path, max_epochs=1).fit(grpo(), data)
+    other = {**tiny_model(), "characters": "=+9876543210"}
+    module = GRPOModule(other, optimizer=adamw)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, data)
+    for prompt in data._encoded["train"]:
+        assert module.tokenizer.decode(prompt.ids) == prompt.row["prompt"]
+
+
+class SaveOnException(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 class FailsInPhase:
@@ -203,7 +339,7 @@ def test_an_interrupt_during_a_rollout_repeats_that_rollout(tmp_path: Path) -> N
         run(interrupted, tmp_path, [saver], **options)
     (saved,) = (tmp_path / "c").glob("*.ckpt")
     resumed = run(make, tmp_path, [], ckpt=str(saved), **options)
-    assert_same_end(whole, resumed, len(whole[2].batches) - 2)
+    assert_same_end(whole, resumed, 2, 1)
 
 
 KILLED = """
@@ -272,7 +408,7 @@ def test_kill_9_then_resume_ends_at_the_same_weights(tmp_path: Path) -> None:
     assert found["step"] == expected["step"] == 20
     for name, value in expected["weights"].items():
         assert torch.equal(value, found["weights"][name]), name
-    assert not list(folder.glob(".partial-*")), "a half-written checkpoint was left behind"
+    assert not list(folder.glob(".partial*")), "a half-written checkpoint was left behind"
 
 
 def test_a_fresh_fit_of_the_same_data_module_starts_over(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ class PolicyGradientModule(BaseModule):
         {"rollout/reward", "rollout/accuracy", "eval/reward", "eval/accuracy"}
     )
 
+    smallest_group: int = 1
+    """The fewest completions of a prompt (``sampling.n``) that it can learn from."""
+
     def needs_reference(self) -> bool:
         """Whether this run compares the policy with a frozen copy of where it started."""
         return False

@@ -131,6 +131,9 @@ class GRPOModule(PolicyGradientModule):
         Trainer(max_epochs=100).fit(module, RolloutDataModule(prompts, [MathReward()]))
     """
 
+    algorithm = "GRPOModule"
+    smallest_group = 2  # alone in its group, a completion has nothing to be compared with
+
     def __init__(
         self,
         model: ModelConfig | str | PreTrainedModel,

@@ -30,6 +30,9 @@ class SFTModule(BaseModule):
         Trainer(max_epochs=3).fit(SFTModule("./my-model"), SFTDataModule(PromptFile("train.jsonl")))
     """
 
+    algorithm = "SFTModule"
+    shown_in_progress_bar = frozenset({"train/loss_epoch", "eval/loss"})
+
     def __init__(
         self,
         model: ModelConfig | str | PreTrainedModel,
@@ -40,8 +43,6 @@ class SFTModule(BaseModule):
         super().__init__(model, tokenizer, optimizer, lr_scheduler)
         self.save_options()
         self._step_loss = torch.zeros(())
-
-    shown_in_progress_bar = frozenset({"train/loss_epoch", "eval/loss"})
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of a micro-batch over the token count of its whole optimizer step."""

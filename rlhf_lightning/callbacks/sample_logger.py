@@ -21,7 +21,8 @@ class SampleLogger(RolloutCallback):
     """Keeps completions of each phase: a JSON-lines file, and a table in TensorBoard.
 
     The file goes on where it was when a run resumes: records of phases that are done again are
-    replaced, and a line that a kill tore is cut off. Each record has ``step`` (the phase), ``id``,
+    replaced, and a line that a kill tore is cut off. A run that starts anew puts the file of an
+    earlier one aside, under a name with a number. Each record has ``step`` (the phase), ``id``,
     the prompt, the completion, rewards, verdicts, details, advantage and length.
 
     Args:
@@ -48,13 +49,20 @@ class SampleLogger(RolloutCallback):
         self.table_rows = table_rows
         self.max_characters = max_characters
         self._writer: JsonlWriter | None = None
+        self._written = False
 
     def _file(self, trainer: Trainer, phase: int) -> JsonlWriter:
         """The open file, with what a killed run wrote beyond its checkpoint taken out."""
         if self._writer is None:
             folder = trainer.log_dir or trainer.default_root_dir
-            self._writer = JsonlWriter(self.path or Path(folder) / "samples.jsonl")
-            self._writer.drop_after(phase - 1)
+            path = Path(self.path or Path(folder) / "samples.jsonl")
+            continued = bool(trainer.ckpt_path) or self._written
+            if not continued and path.exists() and path.stat().st_size:
+                _put_aside(path)
+            self._writer = JsonlWriter(path)
+            if continued:
+                self._writer.drop_after(phase - 1)
+            self._written = True
         return self._writer
 
     @rank_zero_only
@@ -84,6 +92,13 @@ class SampleLogger(RolloutCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _put_aside(path: Path) -> None:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
 
 
 def _plain(sample: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-_PARTIAL = ".partial-"
+_PARTIAL = ".partial-checkpoint-"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -47,7 +49,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._sweep(target.parent)
-            handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=target.parent)
+            handle, name = tempfile.mkstemp(
+                prefix=f"{_PARTIAL}{_host()}-{os.getpid()}-", dir=target.parent
+            )
         except OSError as error:
             raise _cannot_write(target, 0, error) from error
         try:
@@ -90,10 +94,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._checked = True
 
     def _sweep(self, folder: Path) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove what runs on this machine left half-written when they were killed."""
         if folder not in self._swept:
-            for leftover in folder.glob(f"{_PARTIAL}*"):
-                leftover.unlink(missing_ok=True)
+            for leftover in folder.glob(f"{_PARTIAL}{_host()}-*"):
+                process = leftover.name.removeprefix(f"{_PARTIAL}{_host()}-").partition("-")[0]
+                if leftover.is_file() and not _is_alive(process):
+                    leftover.unlink(missing_ok=True)
             self._swept.add(folder)
 
     def load_checkpoint(
@@ -130,6 +136,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", platform.node())
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 def _umask() -> int:

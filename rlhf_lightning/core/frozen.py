@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -30,7 +30,9 @@ class FrozenModels:
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)
 
-    def to(self, device: torch.device) -> None:
-        """Move every model to the device."""
-        for model in self._models.values():
-            model.to(device)
+    def place(
+        self, device: torch.device, convert: Callable[[nn.Module], nn.Module] = lambda m: m
+    ) -> None:
+        """Move every model to the device, and convert its precision as the trained model's."""
+        for name, model in self._models.items():
+            self._models[name] = convert(model).to(device)

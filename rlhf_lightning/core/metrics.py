@@ -75,6 +75,19 @@ class PhaseMetrics:
             "extremes": {k: [kind, float(v)] for k, (kind, v) in self._extremes.items()},
         }
 
+    def snapshot(self) -> PhaseMetrics:
+        """The figures as they are now (no tensor is copied: none is ever changed in place)."""
+        copy = PhaseMetrics()
+        copy._sums, copy._counts = dict(self._sums), dict(self._counts)
+        copy._extremes = dict(self._extremes)
+        return copy
+
+    def discard(self, prefix: str) -> None:
+        """Forget the figures whose names begin with ``prefix``."""
+        for figures in (self._sums, self._counts, self._extremes):
+            for name in [name for name in figures if name.startswith(prefix)]:
+                del figures[name]
+
     def gathered_state(self) -> dict[str, Any]:
         """Every rank's figures, for a checkpoint that rank 0 writes."""
         return {"ranks": gather_objects(self.state_dict())}

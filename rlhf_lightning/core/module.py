@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.core.bookkeeping import Bookkeeper
 from rlhf_lightning.core.checkpoint import AtomicCheckpointIO
 from rlhf_lightning.core.config import as_config, as_primitives
+from rlhf_lightning.core.export import export_pretrained
 from rlhf_lightning.core.frozen import FrozenModels
 from rlhf_lightning.core.metrics import PhaseMetrics
 from rlhf_lightning.core.progress import RolloutProgress
 from rlhf_lightning.core.rng import RNGState
-from rlhf_lightning.models.loading import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf_lightning.models.loading import (
+    ModelConfig,
+    load_causal_lm,
+    load_tokenizer,
+    prepare_for_training,
+)
 from rlhf_lightning.models.policy import CausalPolicy
 
 _CHECKPOINT_KEY = "rlhf_lightning"
@@ -40,6 +44,12 @@ class BaseModule(LightningModule):
         optimizer: called with the named parameter groups.
         lr_scheduler: called with the optimizer, and stepped after every optimizer step.
     """
+
+    algorithm: str
+    """Whose checkpoints this module can continue; a subclass shares it with its base."""
+
+    shown_in_progress_bar: frozenset[str] = frozenset()
+    """Names of phase and evaluation metrics that the progress bar shows."""
 
     def __init__(
         self,
@@ -97,7 +107,7 @@ class BaseModule(LightningModule):
         if self.policy is not None:
             return
         if self._given_model is not None:
-            model = self._given_model.train()
+            model = prepare_for_training(self._given_model, self.tokenizer)
         else:
             assert self.model_config is not None
             model = load_causal_lm(self.model_config, self.tokenizer)
@@ -117,12 +127,17 @@ class BaseModule(LightningModule):
                 f" max_steps={trainer.max_steps}: with both, a run that resumes at the end of an"
                 " epoch skips the next one. Set one"
             )
+        if not any(isinstance(callback, Bookkeeper) for callback in trainer.callbacks):
+            raise RuntimeError(
+                f"{type(self).__name__}.configure_callbacks() leaves out the callbacks of its base:"
+                " begin its list with *super().configure_callbacks()"
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Random state belongs to every checkpoint; rollouts move the progress bar."""
-        return [RNGState(), RolloutProgress()]
+        """What belongs to every run: random state, figures of a phase, rollouts on the bar."""
+        return [RNGState(), Bookkeeper(), RolloutProgress()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over named parameter groups; the schedule moves with optimizer steps."""
@@ -142,34 +157,8 @@ class BaseModule(LightningModule):
             raise ValueError(f"{type(self).__name__}: no parameter requires a gradient")
         return [{"params": trainable, "name": "policy"}]
 
-    def on_fit_start(self) -> None:
-        """Bring the frozen models to the device."""
-        self.frozen.to(self.device)
-
-    shown_in_progress_bar: frozenset[str] = frozenset()
-    """Names of phase and evaluation metrics that the progress bar shows."""
-
-    def on_train_epoch_end(self) -> None:
-        """Log the phase's figures, once."""
-        self._log_means(self.phase_metrics)
-        self.phase_metrics.reset()
-
-    def on_train_start(self) -> None:
-        """Log the figures of a phase whose last step is in the checkpoint but whose end is not.
-
-        Lightning goes straight on to the next epoch then, and would skip the end of this one.
-        """
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if done and done >= self.trainer.num_training_batches:
-            figures = self.phase_metrics.compute()
-            # Lightning logs in single precision, and counts the finished epoch already
-            rounded = torch.tensor([*figures.values()], dtype=torch.float32).tolist()
-            row = dict(zip(figures, rounded, strict=True), epoch=self.current_epoch - 1)
-            for logger in self.trainer.loggers:
-                logger.log_metrics(row, step=self.trainer.global_step - 1)
-            self.phase_metrics.reset()
-
-    def _log_means(self, metrics: PhaseMetrics, prefix: str = "") -> None:
+    def log_means(self, metrics: PhaseMetrics, prefix: str = "") -> None:
+        """Log every figure of ``metrics``, over all ranks."""
         for name, value in metrics.compute().items():
             shown = prefix + name in self.shown_in_progress_bar
             self.log(prefix + name, value, on_epoch=True, prog_bar=shown, batch_size=1)
@@ -189,7 +178,7 @@ class BaseModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the held-out set, under ``eval/``."""
-        self._log_means(self.evaluation_metrics, "eval/")
+        self.log_means(self.evaluation_metrics, "eval/")
 
     def on_test_epoch_start(self) -> None:
         """Start counting."""
@@ -201,30 +190,28 @@ class BaseModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the means over the held-out set, under ``test/``."""
-        self._log_means(self.evaluation_metrics, "test/")
+        self.log_means(self.evaluation_metrics, "test/")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mark the checkpoint with the algorithm and add the phase's figures so far."""
-        checkpoint[_CHECKPOINT_KEY] = {
-            "algorithm": type(self).__name__,
-            "phase_metrics": self.phase_metrics.gathered_state(),
-        }
+        """Mark the checkpoint with the algorithm."""
+        checkpoint[_CHECKPOINT_KEY] = {"algorithm": self.algorithm}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another algorithm; restore the phase's figures.
+        """Refuse a checkpoint of another algorithm.
 
         Raises:
             ValueError: if the checkpoint was written by another algorithm.
         """
-        saved = checkpoint.get(_CHECKPOINT_KEY)
-        mine = type(self).__name__
-        if saved is None or saved["algorithm"] != mine:
-            found = "another program" if saved is None else saved["algorithm"]
-            raise ValueError(
-                f"ckpt_path: this checkpoint was written by {found}, and {mine} cannot continue it."
-                " To start from its weights, export them (HFExport) and give the folder as model"
+        saved = checkpoint.get(_CHECKPOINT_KEY, {}).get("algorithm")
+        if saved != self.algorithm:
+            found = saved or (
+                "another program (or by a module that overrides on_save_checkpoint without super())"
             )
-        self.phase_metrics.load_gathered_state(saved["phase_metrics"])
+            raise ValueError(
+                f"ckpt_path: this checkpoint was written by {found}, and {self.algorithm} cannot"
+                " continue it. To start from its weights, export them (HFExport) and give the"
+                " folder as model"
+            )
 
     @classmethod
     def load_from_checkpoint(
@@ -246,27 +233,6 @@ class BaseModule(LightningModule):
     def export(self, folder: str | Path) -> None:
         """Write the model and its tokenizer as a Hugging Face folder (safetensors).
 
-        The folder appears complete or not at all. Call it on rank 0.
+        See :func:`rlhf_lightning.core.export.export_pretrained`. Call it on rank 0.
         """
-        save_pretrained_atomically(self.language_model, self.tokenizer, Path(folder))
-
-
-def save_pretrained_atomically(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """``save_pretrained`` into a temporary folder beside the target, then swap it in."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
-        old = folder.with_name(f".old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        export_pretrained(self.language_model, self.tokenizer, Path(folder))

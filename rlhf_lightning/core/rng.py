@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.core.bookkeeping import unfinished_micro_batches
 from rlhf_lightning.core.distributed import gather_objects, rank
 
 
@@ -51,10 +52,32 @@ class RNGState(Callback):
 
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
+        self._step_start: dict[str, Any] | None = None
+        self._trainer: Trainer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Know the trainer."""
+        self._trainer, self._step_start = trainer, None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all ranks (only rank 0's dictionary reaches the file)."""
-        return {"ranks": gather_objects(_capture())}
+        """The states of all ranks (only rank 0's dictionary reaches the file).
+
+        In the middle of an accumulated step, which a resumed run does again, those at its start.
+        """
+        if self._restored is not None:  # not in use yet
+            return {"ranks": self._restored}
+        state = None
+        if self._trainer is not None and unfinished_micro_batches(self._trainer):
+            state = self._step_start
+        return {"ranks": gather_objects(state or _capture())}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the states at the start of an accumulated step."""
+        accumulate = trainer.accumulate_grad_batches
+        if accumulate > 1 and batch_idx % accumulate == 0:
+            self._step_start = _capture()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the states; they are set when training starts, after the sanity check."""

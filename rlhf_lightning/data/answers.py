@@ -27,6 +27,10 @@ class ValidationConfig:
     sampling: SamplingParams | None = None
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"validation.batch_size is {self.batch_size}; it must be at least 1")
+
 
 class AnswerLoader:
     """Serves the held-out set in batches, the same number of them on every rank.
@@ -38,6 +42,7 @@ class AnswerLoader:
         prompts: how many held-out prompts there are.
         batch_size: prompts answered at a time, per process.
         answer: makes the batch, given places in the held-out set and which of them count.
+        begin: called before the first batch.
     """
 
     def __init__(
@@ -45,16 +50,19 @@ class AnswerLoader:
         prompts: int,
         batch_size: int,
         answer: Callable[[Sequence[int], Tensor], RolloutBatch],
+        begin: Callable[[], None],
     ) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
         self.answer = answer
+        self.begin = begin
         self._share = -(-prompts // world_size())
 
     def __len__(self) -> int:
         return -(-self._share // self.batch_size)
 
     def __iter__(self) -> Iterator[RolloutBatch]:
+        self.begin()
         mine = range(rank(), self._share * world_size(), world_size())
         for start in range(0, len(mine), self.batch_size):
             places = mine[start : start + self.batch_size]

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from rlhf_lightning.core.bookkeeping import unfinished_micro_batches
 from rlhf_lightning.core.distributed import gather_objects, rank, world_size
 from rlhf_lightning.types import Batch
 
@@ -52,6 +54,8 @@ class ResumableDataModule(LightningDataModule):
         self._live = False
         self._resume_here = False
         self._remake = False
+        self._served = False
+        self._restored_sizes: list[int] | None = None
 
     def without_validation(self) -> None:
         """Make ``fit`` skip validation, as Lightning does where there is no such hook."""
@@ -80,44 +84,109 @@ class ResumableDataModule(LightningDataModule):
         """The loader of the running epoch (always the same object's view of this data module)."""
         return _EpochLoader(self)
 
-    def reset_position(self) -> None:
-        """Start over, as a new ``fit`` does; a resume sets the position afterwards."""
-        self.epoch, self._cursor = 0, 0
-        self._live = self._resume_here = self._remake = False
+    def begin_fit(self) -> None:
+        """Start where the trainer stands (a resume sets the position afterwards).
+
+        Raises:
+            ValueError: if the trainer would cut an epoch so that an optimizer step is not whole.
+        """
+        trainer: Any = self.trainer
+        self.epoch, self._cursor = trainer.current_epoch, 0
+        self._live = self._resume_here = self._remake = self._served = False
+        self._restored_sizes = None
+        if trainer.overfit_batches:
+            raise ValueError(
+                "overfit_batches would only cut epochs short here: every epoch draws other rows."
+                " Give fewer rows instead (a source's limit)"
+            )
+        schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        if any(len(schedule.scheduling) > 1 for schedule in schedules):
+            raise ValueError(
+                "GradientAccumulationScheduler changes the micro-batches of a step while the epoch"
+                " has been cut for one number of them. Set accumulate_grad_batches instead"
+            )
+
+    def check_limit(self) -> None:
+        """Refuse a ``limit_train_batches`` that ends in the middle of an optimizer step."""
+        trainer: Any = self.trainer
+        total, limit = self.micro_batches_per_epoch(), trainer.limit_train_batches
+        served = min(total, limit) if isinstance(limit, int) else int(total * limit)
+        if served % trainer.accumulate_grad_batches and not trainer.fast_dev_run:
+            raise ValueError(
+                f"limit_train_batches leaves {served} micro-batches an epoch, which is not a"
+                f" multiple of accumulate_grad_batches={trainer.accumulate_grad_batches}"
+            )
+
+    def _sizes(self) -> list[int]:
+        """Micro-batches that the trainer takes of an epoch, and how many make a step."""
+        trainer: Any = self.trainer
+        taken = min(self.micro_batches_per_epoch(), trainer.num_training_batches)
+        return [int(taken), trainer.accumulate_grad_batches]
 
     def iterate_epoch(self) -> Iterator[Batch]:
         """The micro-batches of an epoch: the rest of a restored one, else of a new one."""
         total = self.micro_batches_per_epoch()
-        if self._resume_here:
-            self._resume_here = False
-        else:
+        if not self._is_continued():
             self._live = False
-        if not self._live or self._cursor >= total:
             self.start_epoch(self.epoch)
             self.epoch += 1
             self._cursor, self._live = 0, True
         elif self._remake:
             self.start_epoch(self.epoch - 1)
-        self._remake = False
+        self._resume_here = self._remake = False
         while self._cursor < total:
             batch = self.micro_batch(self._cursor)
             # before the yield: Lightning does not come back after the last one
             self._cursor += 1
+            self._served = True
             yield batch
+
+    def _is_continued(self) -> bool:
+        """Whether a restored epoch is to be finished, rather than a new one started.
+
+        Raises:
+            ValueError: if it cannot be finished, because it was cut for other sizes.
+        """
+        trainer: Any = self.trainer
+        if trainer.ckpt_path and self._restored_sizes is None:
+            raise ValueError(
+                f"ckpt_path: the checkpoint holds no state of a {type(self).__qualname__}, so the"
+                " place in the data is not known. Resume with the data module class that wrote it"
+            )
+        if not (self._live and self._resume_here):
+            return False
+        assert self._restored_sizes
+        unfinished = self._cursor < self._restored_sizes[0]
+        # Lightning's count of batches; it is back at 0 where the checkpoint is of an epoch's end
+        counted = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if self._restored_sizes != self._sizes() and (unfinished or counted):
+            before, now = self._restored_sizes, self._sizes()
+            raise ValueError(
+                f"ckpt_path: the checkpoint is in the middle of an epoch of {before[0]}"
+                f" micro-batches with accumulate_grad_batches={before[1]}; now there are {now[0]}"
+                f" with {now[1]}. Resume with the sizes it was written with, or from a checkpoint"
+                " that was saved at the end of an epoch"
+            )
+        return unfinished
 
     def state_dict(self) -> dict[str, Any]:
         """Where every rank stands. Runs on all ranks; rank 0's dictionary reaches the file."""
-        cursor = self._cursor
-        if self.trainer is not None:
+        cursor, sizes = self._cursor, self._restored_sizes
+        if self.trainer is not None and self._served:
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            # an exception between fetching a micro-batch and training on it: it is still to be done
+            # A crash between fetching a micro-batch and training on it: it is still to be done. One
+            # in the middle of an accumulated step: all of the step is, for gradients are not saved.
             cursor -= int(progress.ready != progress.processed)
+            cursor -= unfinished_micro_batches(self.trainer)
+            sizes = self._sizes()
         mine = {"cursor": cursor, "state": self.epoch_state() if self._live else None}
-        return {"epoch": self.epoch, "ranks": gather_objects(mine)}
+        return {"epoch": self.epoch, "sizes": sizes, "ranks": gather_objects(mine)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there. With another number of ranks the running epoch's data are made anew."""
         self.epoch = state_dict["epoch"]
+        self._restored_sizes = state_dict["sizes"] or []
+        self._served = False
         ranks = state_dict["ranks"]
         mine = ranks[min(rank(), len(ranks) - 1)]
         self._cursor, self._live = mine["cursor"], False

@@ -25,7 +25,7 @@ from rlhf_lightning.data.resumable import ResumableDataModule
 from rlhf_lightning.events import dispatch
 from rlhf_lightning.models.loading import context_length
 from rlhf_lightning.rewards.combine import RewardCombiner, RewardPolicy
-from rlhf_lightning.rollout.collector import RolloutCollector, Rollouts
+from rlhf_lightning.rollout.collector import RolloutCollector, Rollouts, reward_columns
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.rollout.hf import HFEngine
 from rlhf_lightning.types import ExperienceMaker, RolloutBatch, SamplingParams
@@ -57,7 +57,7 @@ class RolloutDataModule(ResumableDataModule):
         prompts: where the training prompts come from.
         rewards: functions with TRL's reward signature, or their dotted import paths.
         reward_weights: one a reward function; 1 by default.
-        sampling: how completions are drawn.
+        sampling: how completions are drawn; by default 8 of a prompt.
         phase: the size of a phase.
         engine: writes the completions; by default the trained model itself (``HFEngine``).
         validation: held-out prompts; without it ``fit`` does not validate.
@@ -94,9 +94,11 @@ class RolloutDataModule(ResumableDataModule):
     ) -> None:
         super().__init__()
         self.prompts = prompts
-        self.sampling = as_config(SamplingParams, sampling, "sampling")
+        self.sampling = as_config(SamplingParams, sampling or SamplingParams(n=8), "sampling")
         self.phase = as_config(PhaseConfig, phase, "phase")
-        self.validation = validation
+        self.validation = (
+            None if validation is None else as_config(ValidationConfig, validation, "validation")
+        )
         self.prompt_limits = as_config(PromptLimits, prompt_limits, "prompt_limits")
         self.chat = as_config(ChatOptions, chat, "chat")
         self.rewards = RewardCombiner(
@@ -140,8 +142,9 @@ class RolloutDataModule(ResumableDataModule):
             TypeError: if the module cannot make experience of rollouts.
             ValueError: if the sizes do not divide, or rows lack what a reward function needs.
         """
+        self._encoded.clear()
         if stage == "fit":
-            self.reset_position()
+            self.begin_fit()
             self._running = None
             if not isinstance(self._module, ExperienceMaker):
                 raise TypeError(
@@ -149,7 +152,15 @@ class RolloutDataModule(ResumableDataModule):
                     " make_experience() and loss_units(). Use an on-policy module (GRPOModule, ...)"
                     " or another data module"
                 )
-            self._check_sizes()
+            smallest = getattr(self._module, "smallest_group", 1)
+            if self.sampling.n < smallest:
+                raise ValueError(
+                    f"sampling.n is {self.sampling.n}, but {type(self._module).__name__} compares"
+                    f" completions of the same prompt: it must be at least {smallest}"
+                )
+            trainer = self._trainer
+            self.phase.check(self.sampling.n, trainer.world_size, trainer.accumulate_grad_batches)
+            self.check_limit()
             self._rows["train"] = self._load_rows(self.prompts, "prompts")
         if self.validation is not None:
             self._rows["validation"] = self._load_rows(
@@ -161,23 +172,14 @@ class RolloutDataModule(ResumableDataModule):
             )
 
     def _load_rows(self, source: PromptSource, name: str) -> list[dict[str, Any]]:
+        """Rows that all have the same columns, so that reward functions always get them all."""
         rows = source.load()
         if not rows:
             raise ValueError(f"{name}: the source has no rows")
-        self.rewards.check_rows(rows)
+        columns = dict.fromkeys(column for row in rows for column in row)
+        rows = [{c: row.get(c) for c in columns if c != "prompt" or c in row} for row in rows]
+        self.rewards.check_rows([reward_columns(row) for row in rows])
         return rows
-
-    def _check_sizes(self) -> None:
-        trainer = self._trainer
-        accumulate = trainer.accumulate_grad_batches
-        self.phase.check(self.sampling.n, trainer.world_size, accumulate)
-        limit = trainer.limit_train_batches
-        served = limit if isinstance(limit, int) else int(self.micro_batches_per_epoch() * limit)
-        if served % accumulate and not trainer.fast_dev_run:
-            raise ValueError(
-                f"limit_train_batches leaves {served} micro-batches a phase, which is not a"
-                f" multiple of accumulate_grad_batches={accumulate}"
-            )
 
     def micro_batches_per_epoch(self) -> int:
         """Micro-batches in a phase: update epochs x steps x accumulation."""
@@ -214,6 +216,7 @@ class RolloutDataModule(ResumableDataModule):
         """Collect the rollouts of phase ``epoch`` and plan its updates."""
         trainer, module = self._trainer, self._module
         started = time.perf_counter()
+        module.phase_metrics.discard("rollout/")  # of a phase that is collected once more
         dispatch(trainer, "on_rollout_start", epoch)
         with self._collecting():
             rollouts = self._collect(epoch)
@@ -234,14 +237,16 @@ class RolloutDataModule(ResumableDataModule):
         with torch.no_grad(), eval_mode(self._module), precision:
             yield
 
-    def _collector(self, sampling: SamplingParams, version: int) -> RolloutCollector:
+    def _push_weights(self, version: int) -> None:
+        """Let the engine have the policy's weights."""
         model = self._module.language_model
         if self._bound is not model:
             self.engine.bind(model, self.tokenizer)
             self._bound = model
         weights = () if self.engine.shares_weights else model.named_parameters()
         self.engine.update_weights(weights, version)
-        dispatch(self._trainer, "on_weights_updated", version)
+
+    def _collector(self, sampling: SamplingParams) -> RolloutCollector:
         return RolloutCollector(self.engine, self.tokenizer, self.rewards, sampling)
 
     def _collect(self, phase: int) -> Rollouts:
@@ -249,7 +254,9 @@ class RolloutDataModule(ResumableDataModule):
         prompts = self._encoded["train"]
         positions = self._positions(phase)
         chosen = [prompts[self._prompt_at(position)] for position in positions]
-        rollouts = self._collector(self.sampling, phase).collect(
+        self._push_weights(phase)
+        dispatch(trainer, "on_weights_updated", phase)
+        rollouts = self._collector(self.sampling).collect(
             [prompt.ids for prompt in chosen],
             [prompt.row for prompt in chosen],
             seeds=[derive_seed(self.seed, "sample", position) for position in positions],
@@ -337,7 +344,12 @@ class RolloutDataModule(ResumableDataModule):
         """Answered held-out prompts."""
         assert self.validation is not None
         prompts = len(self._encode("validation", self._validation_sampling()))
-        return AnswerLoader(prompts, self.validation.batch_size, self._answer)
+        return AnswerLoader(
+            prompts,
+            self.validation.batch_size,
+            self._answer,
+            begin=lambda: self._push_weights(self.epoch),
+        )
 
     def test_dataloader(self) -> Any:
         """The same as validation."""
@@ -351,7 +363,7 @@ class RolloutDataModule(ResumableDataModule):
         sampling = self._validation_sampling()
         prompts = [self._encode("validation", sampling)[i] for i in places]
         with self._collecting():
-            rollouts = self._collector(sampling, self.epoch).collect(
+            rollouts = self._collector(sampling).collect(
                 [prompt.ids for prompt in prompts],
                 [prompt.row for prompt in prompts],
                 seeds=[derive_seed(self.seed, "validation", i) for i in places],

@@ -60,8 +60,12 @@ class SFTDataModule(ResumableDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        for name, size in (
+            ("batch_size", batch_size),
+            ("validation_batch_size", validation_batch_size),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
         self.dataset = dataset
         self.batch_size = batch_size
         self.validation = validation
@@ -97,8 +101,9 @@ class SFTDataModule(ResumableDataModule):
         Raises:
             ValueError: if a source has no rows, or too few for the sizes that were asked for.
         """
+        self._encoded.clear()
         if stage == "fit":
-            self.reset_position()
+            self.begin_fit()
             self._rows["train"] = _load(self.dataset, "dataset")
         if self.validation is not None:
             self._rows["validation"] = _load(self.validation, "validation")
@@ -137,6 +142,7 @@ class SFTDataModule(ResumableDataModule):
                 f" has {rows // self._steps()} rows: too few for {world_size()} processes x"
                 f" accumulate_grad_batches={self._accumulate}. Raise batch_size or lower the latter"
             )
+        self.check_limit()
         return super().train_dataloader()
 
     @property

@@ -127,16 +127,34 @@ def load_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
         model = _initialise(config, tokenizer)
     else:
         model = _read_weights(config, config.path)
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-    check_vocabulary(model, tokenizer)
-    ensure_pad_and_eos(tokenizer, model)
+    prepare_for_training(model, tokenizer)
     if config.gradient_checkpointing:
         if hasattr(model, "activation_checkpointing_enable"):
             model.activation_checkpointing_enable()
         else:  # its name before transformers 5.20
             model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def prepare_for_training(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Put a model into training mode without dropout, and check that the tokenizer fits it.
+
+    With dropout the policy that is trained would not be the one that wrote the completions.
+
+    Raises:
+        ValueError: if the tokenizer has more ids than the model, or neither names an EOS.
+    """
+    _remove_noise(model.config)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+    check_vocabulary(model, tokenizer)
+    ensure_pad_and_eos(tokenizer, model)
     return model.train()
 
 

@@ -99,8 +99,7 @@ class RolloutCollector:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        names = [name for name in rows[0] if name not in ("prompt", "completion")]
-        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns = {name: [row[name] for row in rows] for name in reward_columns(rows[0])}
         ids = [completion.token_ids for completion in completions]
         return self.rewards.score(prompts, said, ids, columns, trainer_state)
 
@@ -184,3 +183,8 @@ class RolloutCollector:
         for name, value in scored.metrics.items():
             metrics.add(name, value * len(batch), len(batch))
         return metrics
+
+
+def reward_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that reward functions get by name (as in TRL, all but these two)."""
+    return {name: value for name, value in row.items() if name not in ("prompt", "completion")}

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.callbacks import HFExport, SampleLogger, Throughput
 from rlhf_lightning.callbacks.sample_logger import as_code, samples_table
+from rlhf_lightning.core.export import prepare_export
 from rlhf_lightning.io.jsonl import read_jsonl
 
 
@@ -117,15 +118,14 @@ def test_samples_reach_tensorboard(tmp_path: Path) -> None:
 def test_the_export_is_the_trained_model(what: str, tmp_path: Path) -> None:
     module, data = (grpo(), rollouts()) if what == "grpo" else (sft(), sequences())
     folder = tmp_path / "export"
-    folder.mkdir()
-    (folder / "stale.txt").write_text("from an earlier run")
+    sft_export = HFExport(str(folder))
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[sft_export]).fit(sft(), sequences())
     export = HFExport(str(folder))
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[export]).fit(module, data)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for name, value in module.language_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     assert list(folder.glob("*.safetensors"))
-    assert not (folder / "stale.txt").exists()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("12+3=")["input_ids"] == module.tokenizer("12+3=")["input_ids"]
     assert not list(tmp_path.glob(".*"))
@@ -139,6 +139,53 @@ def test_a_run_resumed_at_its_very_end_still_exports(tmp_path: Path) -> None:
     trainer.fit(grpo(), rollouts(steps=2), ckpt_path=str(tmp_path / "step=4.ckpt"))
     assert trainer.global_step == 4
     assert (tmp_path / "export" / "config.json").exists()
+
+
+def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFExport(str(tmp_path / "run"))])
+    with pytest.raises(FileExistsError, match=r"not of an earlier export \(notes.txt\)"):
+        trainer.fit(sft(), sequences())
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_fast_dev_run_does_not_replace_a_good_model(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFExport(str(folder))]).fit(sft(), sequences())
+    before = (folder / "model.safetensors").read_bytes()
+    quiet_trainer(tmp_path, fast_dev_run=True, callbacks=[HFExport(str(folder))]).fit(
+        sft(), sequences()
+    )
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_that_a_kill_left_half_replaced_is_put_back(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[HFExport(str(folder))]).fit(sft(), sequences())
+    before = (folder / "model.safetensors").read_bytes()
+    folder.rename(tmp_path / ".earlier-export")
+    (tmp_path / ".export-export-abc").mkdir()
+    prepare_export(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_run_with_nothing_left_under_max_steps_still_exports(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    trainer.fit(grpo(), rollouts(steps=2))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = quiet_trainer(tmp_path, max_steps=2, callbacks=[HFExport(str(tmp_path / "export"))])
+    again.fit(grpo(), rollouts(steps=2), ckpt_path=str(tmp_path / "end.ckpt"))
+    assert (tmp_path / "export" / "config.json").exists()
+
+
+def test_a_new_run_puts_the_samples_of_an_earlier_one_aside(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    for _ in range(2):
+        log = SampleLogger(path=str(path))
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[log]).fit(grpo(), rollouts())
+    assert path.read_text() == (tmp_path / "samples.1.jsonl").read_text()
 
 
 def test_throughput_accounts_for_the_phase(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_lightning.core import checkpoint
 from rlhf_lightning.core.checkpoint import AtomicCheckpointIO
 
 
@@ -101,6 +102,7 @@ def test_a_full_disk_is_named_and_the_old_file_survives(
 SAVER = """
 import sys, torch
 from pathlib import Path
+from rlhf_lightning.core import checkpoint
 from rlhf_lightning.core.checkpoint import AtomicCheckpointIO
 plugin, path, value = AtomicCheckpointIO(), Path(sys.argv[1]), 1
 while True:
@@ -127,6 +129,20 @@ def test_kill_9_while_saving_never_harms_the_newest_file(tmp_path: Path) -> None
         assert (found["state_dict"]["weight"] == found["step"]).all()
     AtomicCheckpointIO().save_checkpoint(payload(1.0), path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"], "leftovers were not swept"
+
+
+def test_leftovers_of_living_processes_and_other_things_stay(tmp_path: Path) -> None:
+    host = checkpoint._host()
+    alive = tmp_path / f".partial-checkpoint-{host}-{os.getpid()}-abc"
+    elsewhere = tmp_path / ".partial-checkpoint-another_host-1-abc"
+    dead = tmp_path / f".partial-checkpoint-{host}-999999999-abc"
+    for path in (alive, elsewhere, dead):
+        path.touch()
+    (tmp_path / f".partial-checkpoint-{host}-1-folder").mkdir()
+    AtomicCheckpointIO().save_checkpoint(payload(1.0), tmp_path / "last.ckpt")
+    assert alive.exists()
+    assert elsewhere.exists()
+    assert not dead.exists()
 
 
 def test_what_could_not_be_resumed_is_refused_when_it_is_saved(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""A trained model as a Hugging Face folder that is there complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MARKER = ".rlhf_lightning_export.json"
+"""Names the files of an export, so that nothing else is ever replaced by one."""
+
+
+def prepare_export(folder: Path) -> None:
+    """Make sure that an export can go to ``folder``, before there is something to lose.
+
+    Puts an earlier export back that a kill has left half replaced.
+
+    Raises:
+        FileExistsError: if the folder holds anything but an earlier export.
+        OSError: if the folder's parent cannot be made.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    earlier = _aside(folder)
+    if earlier.exists() and not folder.exists():
+        earlier.rename(folder)
+    for leftover in folder.parent.glob(f".export-{folder.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        ours = {*json.loads((folder / MARKER).read_text(encoding="utf-8")), MARKER}
+    except (OSError, ValueError):
+        ours = set()
+    others = sorted(set(_files(folder)) - ours) if folder.is_dir() else [folder.name]
+    if others:
+        raise FileExistsError(
+            f"{folder}: an export would replace this folder, and it holds files that are not of an"
+            f" earlier export ({', '.join(others[:5])}). Give a folder of its own, or move it away"
+        )
+
+
+def export_pretrained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """``save_pretrained`` beside the target, then two renames.
+
+    A kill between the renames leaves the earlier export beside the target, from where
+    :func:`prepare_export` puts it back.
+
+    Raises:
+        FileExistsError: if the folder holds anything but an earlier export.
+    """
+    folder = folder.absolute()
+    prepare_export(folder)
+    partial = Path(tempfile.mkdtemp(prefix=f".export-{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / MARKER).write_text(json.dumps(_files(partial), indent=2), encoding="utf-8")
+        partial.chmod(0o755)
+        earlier = _aside(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+        if folder.exists():
+            folder.rename(earlier)
+        partial.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".earlier-{folder.name}")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
