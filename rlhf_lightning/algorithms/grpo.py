@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.algorithms._policy_gradient import PolicyGradientModule
-from rlhf_lightning.core.config import as_config
+from rlhf_lightning.core.config import as_config, check_choices
 from rlhf_lightning.core.distributed import gather_objects
 from rlhf_lightning.functional import (
     aggregate_loss,
@@ -41,6 +41,9 @@ class AdvantageConfig:
     baseline: Literal["mean", "leave_one_out"] = "mean"
     scale: Literal["group", "batch", "none"] = "group"
 
+    def __post_init__(self) -> None:
+        check_choices(self, "advantage")
+
 
 @dataclass
 class PolicyLossConfig:
@@ -68,6 +71,7 @@ class PolicyLossConfig:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self, "policy_loss")
         if (self.aggregation == "constant") != (self.max_completion_length is not None):
             raise ValueError(
                 f"policy_loss.max_completion_length is {self.max_completion_length} with"
@@ -102,6 +106,7 @@ class KLConfig:
     estimator: Literal["k1", "k2", "k3"] | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self, "kl")
         if self.coef < 0:
             raise ValueError(f"kl.coef is {self.coef}; it must not be negative")
         if self.estimator is None:

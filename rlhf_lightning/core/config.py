@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 ConfigT = TypeVar("ConfigT")
 
@@ -37,6 +37,26 @@ def as_config(kind: type[ConfigT], value: ConfigT | Mapping[str, Any] | None, na
             hint = f"Did you mean {near[0]!r}?" if near else f"It has {known}"
             raise TypeError(f"{name} has no option {key!r}. {hint}")
     return kind(**value)
+
+
+def check_choices(config: Any, name: str) -> None:
+    """Refuse a value that a dataclass's ``Literal`` annotation does not list.
+
+    Args:
+        config: an instance of a dataclass.
+        name: the argument's name, for messages.
+
+    Raises:
+        ValueError: naming the nearest choice.
+    """
+    for option, hint in get_type_hints(type(config)).items():
+        kinds = [hint, *get_args(hint)]
+        choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
+        value = getattr(config, option)
+        if choices and value is not None and value not in choices:
+            near = difflib.get_close_matches(str(value), map(str, choices), n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}.{option} is {value!r}; it must be one of {choices}.{meant}")
 
 
 def as_primitives(value: Any) -> Any:

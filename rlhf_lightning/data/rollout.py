@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.core.config import as_config
+from rlhf_lightning.core.config import as_config, check_choices
 from rlhf_lightning.core.distributed import rank, world_size
 from rlhf_lightning.core.modes import eval_mode
 from rlhf_lightning.core.seeding import derive_seed, permutation
@@ -42,7 +42,10 @@ class PromptLimits:
     """
 
     max_prompt_length: int | None = None
-    too_long: str = "error"
+    too_long: Literal["error", "drop"] = "error"
+
+    def __post_init__(self) -> None:
+        check_choices(self, "prompt_limits")
 
 
 class RolloutDataModule(ResumableDataModule):

@@ -26,8 +26,8 @@ class RolloutEngine(ABC):
       samples of one prompt are independent draws. The global random generators are left alone.
     * After :meth:`update_weights` nothing of the old weights is used, cached prefixes included.
 
-    The order of calls is :meth:`bind` once, then :meth:`generate` and :meth:`update_weights` as
-    often as needed, then :meth:`close`.
+    The order of calls is :meth:`bind`, then :meth:`generate` and :meth:`update_weights` as often as
+    needed, then :meth:`close`, after which :meth:`bind` begins anew (each Trainer command does so).
 
     Attributes:
         shares_weights: whether the engine samples from the very module that is trained, so that
@@ -38,7 +38,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Learn which model is sampled from; called once, before anything else.
+        """Learn which model is sampled from; called before anything else.
 
         Args:
             model: the policy. An engine that shares weights samples from this very module; others

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import Sums, grpo, quiet_trainer, rollouts, sequences, sft, tiny_model
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from tiny import Sums, adamw, grpo, quiet_trainer, rollouts, sequences, sft, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import rlhf_lightning.algorithms.grpo as grpo_file
 from rlhf_lightning.algorithms import (
@@ -20,6 +22,7 @@ from rlhf_lightning.algorithms import (
 )
 from rlhf_lightning.data import PhaseConfig, ValidationConfig
 from rlhf_lightning.events import RolloutCallback
+from rlhf_lightning.rollout import HFEngine
 from rlhf_lightning.types import SamplingParams
 
 
@@ -255,6 +258,14 @@ def test_a_module_that_makes_no_experience_is_refused(tmp_path: Path) -> None:
         ),
         ({"phase": PhaseConfig(4, max_tokens_per_micro_batch=5)}, {}, "one row alone has"),
         ({"sampling": SamplingParams(n=2, max_new_tokens=64)}, {}, "max_new_tokens is 64"),
+        ({"sampling": SamplingParams(n=1)}, {}, "sampling.n is 1, but GRPOModule compares"),
+        ({"steps": 4}, {"limit_train_batches": 3, "accumulate_grad_batches": 2}, "leaves 3"),
+        ({}, {"overfit_batches": 1}, "overfit_batches"),
+        (
+            {},
+            {"callbacks": [GradientAccumulationScheduler({0: 1, 4: 2})]},
+            "GradientAccumulationScheduler",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(
@@ -278,10 +289,108 @@ def test_options_are_checked_when_they_are_given() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             grpo(policy_loss=options)
+    for group, options, message in (
+        ("kl", {"placement": "rewards"}, "kl.placement is 'rewards'.*Did you mean 'reward'"),
+        ("kl", {"estimator": "k4"}, "kl.estimator is 'k4'"),
+        ("advantage", {"scale": "std"}, "advantage.scale is 'std'"),
+        ("policy_loss", {"aggregation": "tokens"}, "Did you mean 'token'"),
+        ("policy_loss", {"ratio": "seq"}, "policy_loss.ratio is 'seq'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grpo(**{group: options})
     with pytest.raises(ValueError, match="must not be negative"):
         grpo(kl={"coef": -1.0})
     with pytest.raises(ValueError, match="temperature is 0"):
         rollouts(sampling=SamplingParams(temperature=0.0))
+
+
+def test_a_model_object_is_trained_without_dropout(
+    ratios: list[torch.Tensor], tmp_path: Path
+) -> None:
+    tokenizer = grpo().tokenizer
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    module = GRPOModule(GPT2LMHeadModel(config), tokenizer, optimizer=sgd)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, rollouts(steps=2))
+    assert (ratios[0] == 1).all()
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="embedding only 5 rows"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(GRPOModule(small, tokenizer), rollouts())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_the_reference_has_the_precision_of_the_policy(precision: str, tmp_path: Path) -> None:
+    module = grpo(optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    trainer = quiet_trainer(tmp_path, max_epochs=1, precision=precision)
+    trainer.fit(module, rollouts(steps=2))
+    assert float(trainer.callback_metrics["train/kl"]) == 0.0
+
+
+def test_weights_go_to_the_engine_once_a_phase_and_once_a_validation(tmp_path: Path) -> None:
+    class Counting(HFEngine):
+        def update_weights(self, named_parameters: Any, version: int) -> None:
+            versions.append(version)
+            super().update_weights(named_parameters, version)
+
+    class Watch(Callback):
+        def on_weights_updated(self, trainer: Any, pl_module: Any, version: int) -> None:
+            events.append(version)
+
+    versions: list[int] = []
+    events: list[int] = []
+    data = rollouts(steps=2, engine=Counting(), validation=ValidationConfig(Sums(7), batch_size=3))
+    quiet_trainer(tmp_path, max_epochs=2, callbacks=[Watch()]).fit(grpo(), data)
+    assert events == [0, 1]
+    assert versions == [0, 1, 1, 2]
+
+
+def test_rows_with_other_columns_reach_rewards_complete(tmp_path: Path) -> None:
+    class Mixed(Sums):
+        def load(self) -> list[dict[str, Any]]:
+            rows = super().load()
+            rows[3]["level"] = "hard"
+            return rows
+
+    def needs_level(completions: list[str], level: list[str | None], **kwargs: Any) -> list[float]:
+        assert len(level) == len(completions)
+        return [1.0 if value else 0.5 for value in level]
+
+    quiet_trainer(tmp_path, max_epochs=1).fit(
+        grpo(), rollouts(prompts=Mixed(4), rewards=[needs_level])
+    )
+
+
+def test_a_subclass_continues_the_checkpoints_of_its_base(tmp_path: Path) -> None:
+    class Mine(GRPOModule):
+        pass
+
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(grpo(), rollouts())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = quiet_trainer(tmp_path, max_epochs=2)
+    again.fit(Mine(tiny_model(), optimizer=adamw), rollouts(), ckpt_path=str(tmp_path / "a.ckpt"))
+    assert again.global_step == 4
+
+
+def test_leaving_out_the_callbacks_of_the_base_is_refused(tmp_path: Path) -> None:
+    class Forgetful(GRPOModule):
+        def configure_callbacks(self) -> list[Callback]:
+            return []
+
+    with pytest.raises(RuntimeError, match=r"super\(\)\.configure_callbacks"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(Forgetful(tiny_model()), rollouts())
+
+
+def test_a_second_run_counts_from_zero(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise KeyError("stopped by the test")
+
+    module, data = grpo(), rollouts()
+    with pytest.raises(KeyError):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[Stop()]).fit(module, data)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, rollouts(rewards=[the_same]))
+    assert float(trainer.callback_metrics["rollout/reward"]) == pytest.approx(0.1)
 
 
 def test_hyperparameters_are_plain_and_rebuild_the_module(tmp_path: Path) -> None:
