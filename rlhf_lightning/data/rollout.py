@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.config import as_config, check_choices
-from rlhf_lightning.core.distributed import rank, world_size
 from rlhf_lightning.core.modes import eval_mode
-from rlhf_lightning.core.seeding import derive_seed, permutation
+from rlhf_lightning.core.seeding import derive_seed
 from rlhf_lightning.data.answers import AnswerLoader, ValidationConfig
 from rlhf_lightning.data.chat import ChatOptions
 from rlhf_lightning.data.phase import Phase, PhaseConfig, plan_updates, step_denominators
 from rlhf_lightning.data.prompts import EncodedPrompt, PromptSource, encode_prompts
 from rlhf_lightning.data.resumable import ResumableDataModule
+from rlhf_lightning.data.stream import PromptStream
 from rlhf_lightning.events import dispatch
 from rlhf_lightning.models.loading import context_length
 from rlhf_lightning.rewards.combine import RewardCombiner, RewardPolicy
@@ -116,8 +116,7 @@ class RolloutDataModule(ResumableDataModule):
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._running: Phase | None = None
         self._bound: object | None = None
-        self._lap: tuple[int, int] | None = None
-        self._order: list[int] = []
+        self._stream: PromptStream | None = None
         if self.sampling.temperature == 0:
             raise ValueError(
                 "sampling.temperature is 0: greedy completions cannot be learned from. Raise it"
@@ -210,7 +209,8 @@ class RolloutDataModule(ResumableDataModule):
 
     def train_dataloader(self) -> Any:
         """One epoch is one rollout phase, collected when its first micro-batch is asked for."""
-        self._encode("train", self.sampling)
+        prompts = self._encode("train", self.sampling)
+        self._stream = PromptStream(len(prompts), self.phase.prompts, self.seed)
         if self.validation is not None:
             self._encode("validation", self._validation_sampling())
         return super().train_dataloader()
@@ -254,9 +254,9 @@ class RolloutDataModule(ResumableDataModule):
 
     def _collect(self, phase: int) -> Rollouts:
         trainer = self._trainer
-        prompts = self._encoded["train"]
-        positions = self._positions(phase)
-        chosen = [prompts[self._prompt_at(position)] for position in positions]
+        assert self._stream is not None
+        positions = self._stream.positions(phase)
+        chosen = [self._encoded["train"][self._stream[position]] for position in positions]
         self._push_weights(phase)
         dispatch(trainer, "on_weights_updated", phase)
         rollouts = self._collector(self.sampling).collect(
@@ -274,21 +274,6 @@ class RolloutDataModule(ResumableDataModule):
             sample["group"] += first
             sample["id"] = f"{sample['group']}-{i % self.sampling.n}"
         return rollouts
-
-    def _positions(self, phase: int) -> range:
-        """This rank's places in the endless stream of prompts."""
-        share = self.phase.prompts // world_size()
-        first = phase * self.phase.prompts + rank() * share
-        return range(first, first + share)
-
-    def _prompt_at(self, position: int) -> int:
-        """The stream is one random order of all prompts after another."""
-        prompts = len(self._encoded["train"])
-        lap, place = divmod(position, prompts)
-        if self._lap != (lap, prompts):
-            self._lap = (lap, prompts)
-            self._order = permutation(prompts, self.seed, "prompts", lap).tolist()
-        return self._order[place]
 
     def micro_batch(self, index: int) -> RolloutBatch:
         """Micro-batch ``index`` of the running phase."""

@@ -58,3 +58,10 @@ def test_two_processes_resume_exactly_from_the_middle_of_a_phase(tmp_path: Path)
         for name, value in whole["figures"].items():
             if not name.startswith("time/"):
                 assert resumed["figures"][name] == value, name
+
+
+def test_another_number_of_processes_goes_on_with_new_rollouts(tmp_path: Path) -> None:
+    launch(tmp_path, "resume", 2)
+    resumed = launch(tmp_path, "resume", 1, str(tmp_path / "step=6.ckpt"))
+    assert resumed["step"] == 12
+    assert resumed["figures"]["rollout/completions/mean_length"] >= 1
