@@ -10,7 +10,7 @@ CONSTRAINTS := .ci/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install install-dev quickstart test test-all lint types clean
+.PHONY: install install-dev quickstart test test-all bench lint types clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -31,11 +31,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: install
 	$(BIN)/rlhf-lightning run recipes/quickstart --output outputs/quickstart
 
+# One thread: the tests' models are tiny, and on a busy machine OpenMP's threads wait for each other.
+test test-all: export OMP_NUM_THREADS ?= 1
+
 test: install-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: install-dev
 	$(BIN)/python -m pytest
+
+bench: install-dev
+	mkdir -p outputs/bench
+	$(BIN)/python benchmarks/rollout_engine.py --json outputs/bench/rollout_engine.json
+	$(BIN)/python benchmarks/math_reward.py --json outputs/bench/math_reward.json
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ commands:
 
 examples:
   rlhf-lightning run recipes/quickstart
-  rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --model.model my/model --trainer.devices 8
+  rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --model.model.path my/model
   rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --print_config
   rlhf-lightning fit --model.help GRPOModule
   rlhf-lightning fit --model.help GRPOModule --model.policy_loss.help

@@ -27,6 +27,8 @@ from rlhf_lightning.cli.yaml_files import dump_yaml
 MARKER = "stage.json"
 CONFIG = "recipe.yaml"
 SUMMARY = "summary.json"
+# What a kill in the first moment of a stage leaves in its folder.
+_PARTIAL = f".{MARKER}.partial"
 
 Execute = Callable[[str, Path, bool], dict[str, float]]
 """Runs a command on a configuration file, resuming or not, and returns the final metrics."""
@@ -39,7 +41,7 @@ class Marker:
     Attributes:
         digest: of the stage's configuration and of the stages that it needs.
         done: whether it has finished.
-        seconds: how long it took (the last attempt, where it was interrupted).
+        seconds: how long it took, with the attempts that failed but without those that were killed.
         metrics: its final metrics.
         version: of this package.
     """
@@ -111,14 +113,17 @@ def _run_stage(stage: Stage, output: Path, execute: Execute, command_line: str) 
     folder = output / stage.name
     _put_aside(stage, folder, output)
     resume = stage.command == "fit" and next(folder.glob("**/*.ckpt"), None) is not None
-    marker = Marker(stage.digest)
-    marker.write(folder)
+    marker = Marker.read(folder) if resume else None
+    if marker is None:
+        marker = Marker(stage.digest)
+        marker.write(folder)
     config = folder / CONFIG
     config.write_text(dump_yaml(stage.at(output)), encoding="utf-8")
     print(f"{stage.name}: {'resumed' if resume else 'started'} in {folder}", flush=True)
     started = time.perf_counter()
     try:
         marker.metrics = execute(stage.command, config, resume)
+        marker.done = True
     except BaseException:
         print(
             f"\n{stage.name} did not finish. Its output is in {folder}\nTo go on from there: "
@@ -126,9 +131,9 @@ def _run_stage(stage: Stage, output: Path, execute: Execute, command_line: str) 
             file=sys.stderr,
         )
         raise
-    marker.seconds = round(time.perf_counter() - started, 3)
-    marker.done = True
-    marker.write(folder)
+    finally:
+        marker.seconds = round(marker.seconds + time.perf_counter() - started, 3)
+        marker.write(folder)
     return marker
 
 
@@ -136,7 +141,7 @@ def _put_aside(stage: Stage, folder: Path, output: Path) -> None:
     """Make room for a stage: what another configuration left must not be taken for its own."""
     marker = Marker.read(folder)
     if marker is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != _PARTIAL for path in folder.iterdir()):
             raise RecipeError(
                 f"{folder}: this folder was not made by `run`, and stage {stage.name} would write"
                 " into it. Give another --output, or move it"

@@ -33,7 +33,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,
     "default_root_dir": "outputs",
 }
-_SPECIAL_CHECKPOINTS = ("last", "best", "hpc")
+_SPECIAL_CHECKPOINTS = ("last", "best", "hpc", "registry")
 _REFUSALS = (ValueError, OSError, MisconfigurationException, ModuleNotFoundError)
 
 
@@ -179,7 +179,8 @@ class RLHFCLI(LightningCLI):
         Lightning's own method puts the checkpoint's hyperparameters over them, without a word.
         """
         path = self.config[self.config.subcommand].get("ckpt_path")
-        local = path and path not in _SPECIAL_CHECKPOINTS and "://" not in path
+        special = path and path.partition(":")[0] in _SPECIAL_CHECKPOINTS
+        local = path and not special and "://" not in path
         if local and not Path(path).exists():
             raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path!r}")
 
@@ -222,8 +223,9 @@ def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
 
 def refuse(error: BaseException) -> NoReturn:
     """Say what is wrong and exit with status 2."""
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        sys.stderr.write(f"error: {error}\n(the traceback: {DEBUG}=1)\n")
+    rank = getattr(rank_zero_only, "rank", 0)
+    who = f"error (process {rank})" if rank else "error"
+    sys.stderr.write(f"{who}: {error}\n(the traceback: {DEBUG}=1)\n")
     raise SystemExit(2) from error
 
 
