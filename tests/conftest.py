@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from cli_fixtures import grpo_config, grpo_file, in_tmp
+
+__all__ = ["grpo_config", "grpo_file", "in_tmp"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

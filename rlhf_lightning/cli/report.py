@@ -37,13 +37,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def last_samples(recipe: Recipe, output: Path) -> tuple[Path, list[dict[str, Any]]] | None:
-    """The last completions that any stage logged, and the file they are in."""
+    """The last completions that any stage logged, one a prompt, and the file they are in."""
     for stage in reversed(recipe.stages):
         files = sorted((output / stage.name).glob(f"**/{SAMPLES}"), key=lambda p: p.stat().st_mtime)
         for path in reversed(files):
             records = list(read_jsonl(path).records)
             if records:
-                return path, records[-_ROWS:]
+                by_prompt = {str(record.get("prompt")): record for record in records}
+                return path, list(by_prompt.values())[-_ROWS:]
     return None
 
 

@@ -297,10 +297,12 @@ def test_samples_come_from_the_last_stage_that_has_some(recipe_folder: Path) -> 
     for stage, text in (("1_sft", "early"), ("2_grpo", "late")):
         file = Path("out") / stage / "logs" / "samples.jsonl"
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"completion": text}) + "\n" + '{"torn')
+        lines = [{"prompt": p, "completion": text + c} for p in "ab" for c in "12"]
+        file.write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
     found = last_samples(recipe, Path("out"))
     assert found is not None
-    assert [sample["completion"] for sample in found[1]] == ["late"]
+    assert [sample["completion"] for sample in found[1]] == ["late2", "late2"]
+    assert [sample["prompt"] for sample in found[1]] == ["a", "b"]
 
 
 def test_a_recipe_without_samples_or_summary_is_reported(
