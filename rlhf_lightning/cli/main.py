@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -75,4 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"Did you mean: {near[0]}?" if near else f"Commands: {', '.join(COMMANDS)}"
         print(f"error: there is no command {name!r}. {hint}", file=sys.stderr)
         return 2
+    if os.getcwd() not in sys.path:  # reward functions and classes of the user's own folder
+        sys.path.append(os.getcwd())
     return int(import_module(COMMANDS[name].module).main(name, rest))

@@ -27,6 +27,7 @@ from rlhf_lightning.cli.parser import (
 from rlhf_lightning.cli.quiet import quieten
 from rlhf_lightning.cli.yaml_files import read_yaml
 from rlhf_lightning.events import RolloutCallback
+from rlhf_lightning.rewards import RewardError
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # A phase has few optimizer steps; Lightning's interval of 50 would miss most of them.
@@ -45,6 +46,8 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the configuration, unless it would land in the working directory."""
+        if stage != "fit":  # or it would replace the record of how the model was trained
+            return
         if not trainer.loggers and Path(trainer.default_root_dir).resolve() == Path.cwd():
             return
         earlier = Path(trainer.log_dir or "") / self.config_filename
@@ -214,6 +217,13 @@ def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
         return RLHFCLI(arguments, callbacks=[compute])
     except SIGTERMException as error:  # Lightning's has no exit status, which would mean success
         raise SystemExit(128 + signal.SIGTERM) from error
+    except RewardError as error:  # it names function and sample; the frames that matter are theirs
+        if debugging():
+            raise
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        sys.stderr.write(f"error: {error}\n(the traceback: {DEBUG}=1)\n")
+        raise SystemExit(1) from error
     except (*_REFUSALS, TypeError) as error:
         cause = root(error)
         if debugging() or compute.started or not _is_refusal(cause):

@@ -71,7 +71,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             # mkstemp makes the file private; a checkpoint gets the permissions that the umask gives
-            os.chmod(name, 0o666 & ~_umask())
+            os.chmod(name, 0o666 & ~current_umask())
             self._check_readable(name, target)
             os.replace(name, target)
             _sync_directory(target.parent)
@@ -152,7 +152,8 @@ def _is_alive(process: str) -> bool:
     return True
 
 
-def _umask() -> int:
+def current_umask() -> int:
+    """The process's umask: which permissions new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.core.checkpoint import current_umask
+
 MARKER = ".rlhf_lightning_export.json"
 """Names the files of an export, so that nothing else is ever replaced by one."""
 
@@ -61,7 +63,8 @@ def export_pretrained(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / MARKER).write_text(json.dumps(_files(partial), indent=2), encoding="utf-8")
-        partial.chmod(0o755)
+        for path in (partial, *partial.rglob("*")):  # temporary folders and weights are private
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~current_umask())
         earlier = _aside(folder)
         shutil.rmtree(earlier, ignore_errors=True)
         if folder.exists():

@@ -9,12 +9,14 @@ from typing import IO, Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.bookkeeping import Bookkeeper
 from rlhf_lightning.core.checkpoint import AtomicCheckpointIO
 from rlhf_lightning.core.config import as_config, as_primitives
+from rlhf_lightning.core.distributed import world_size
 from rlhf_lightning.core.export import export_pretrained
 from rlhf_lightning.core.frozen import FrozenModels
 from rlhf_lightning.core.metrics import PhaseMetrics
@@ -132,6 +134,13 @@ class BaseModule(LightningModule):
                 f"{type(self).__name__}.configure_callbacks() leaves out the callbacks of its base:"
                 " begin its list with *super().configure_callbacks()"
             )
+        # first, so that other callbacks find a phase's figures when it ends
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Bookkeeper))
+        if stage == "fit" and trainer.precision_plugin.precision == "bf16-true":
+            rank_zero_warn(
+                "precision bf16-true keeps the weights in bfloat16, where updates at the learning"
+                " rates of reinforcement learning (1e-6) mostly round to nothing. Use bf16-mixed"
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -161,7 +170,14 @@ class BaseModule(LightningModule):
         """Log every figure of ``metrics``, over all ranks."""
         for name, value in metrics.compute().items():
             shown = prefix + name in self.shown_in_progress_bar
-            self.log(prefix + name, value, on_epoch=True, prog_bar=shown, batch_size=1)
+            self.log(
+                prefix + name,
+                value,
+                on_epoch=True,
+                prog_bar=shown,
+                batch_size=1,
+                sync_dist=world_size() > 1,  # the same everywhere already; Lightning wants it said
+            )
 
     # Evaluation: validation and test count the same figures and log them under another prefix
 

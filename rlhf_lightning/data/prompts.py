@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data.chat import ChatOptions, ChatRenderer, Conversation
 from rlhf_lightning.data.tokens import (
     SpecialTokenFilter,
+    check_alphabet,
     check_text,
     encode_documents,
     encode_texts,
@@ -126,6 +127,13 @@ class PromptFile(PromptSource):
             row = _apply(transform, row, where)
         if self.template is not None:
             _require(row, self._template_fields, where, "template")
+            for name in self._template_fields:
+                if row[name] is None or isinstance(row[name], (list, dict)):
+                    raise ValueError(
+                        f"{where}: template needs text in the column {name!r}, and it holds"
+                        f" {str(row[name])[:60]!r}. Mend the row, or make text of it with"
+                        " transforms"
+                    )
             row["prompt"] = self.template.format_map(row)
         if not self.chat and {"messages", "text"} & set(row):
             return row
@@ -295,13 +303,15 @@ def _prompt_ids(
         _require(row, ["prompt"], where, "a prompt")
         prompt = row["prompt"]
         if isinstance(prompt, str):
-            if not controls.refuses(k, check_text(prompt, f"{where}: its prompt")):
+            check_text(prompt, f"{where}: its prompt")
+            if not controls.refuses_text(k, prompt, begins=True):
                 texts[k] = prompt
             continue
         conversation = Conversation.from_row(row, prompt, f"{where}: its prompt")
         if not controls.refuses(k, conversation.messages, conversation.tools):
             conversations[k] = conversation
     dropped = controls.dropped()
+    check_alphabet(tokenizer, texts.values())
     if conversations:
         renderer.check()
     rendered = [renderer.render_prompt(c) for c in conversations.values()]

@@ -145,6 +145,8 @@ class RolloutDataModule(ResumableDataModule):
             ValueError: if the sizes do not divide, or rows lack what a reward function needs.
         """
         self._encoded.clear()
+        if self.chat.template is not None:  # so that an export carries it
+            self.tokenizer.chat_template = self.chat.template
         if stage == "fit":
             self.begin_fit()
             self._running = None
@@ -202,6 +204,7 @@ class RolloutDataModule(ResumableDataModule):
             )
             for name, count in counts.items():
                 if count:
+                    name = name.replace("_", " ")
                     self._module.print(f"{kind} prompts: {count} of {len(self._rows[kind])} {name}")
         return self._encoded[kind]
 

@@ -15,6 +15,7 @@ from rlhf_lightning.data.chat import (
 )
 from rlhf_lightning.data.tokens import (
     SpecialTokenFilter,
+    check_alphabet,
     check_text,
     encode_continuations,
     encode_documents,
@@ -134,7 +135,7 @@ class _RowEncoder:
             if isinstance(parsed[0], Conversation):
                 if not self.controls.refuses(k, parsed[0].messages, parsed[0].tools):
                     chats[k] = parsed
-            elif not self.controls.refuses(k, *filter(None, parsed)):
+            elif not self._spells_controls(k, *parsed):
                 texts[k] = parsed
         found = self._encode_texts(texts) | self._encode_chats(chats)
         for k, sequence in sorted(found.items()):
@@ -145,6 +146,13 @@ class _RowEncoder:
                     f" {len(sequence.input_ids)} tokens, and the first has nothing before it"
                 )
         return dict(sorted(found.items()))
+
+    def _spells_controls(self, place: int, text: str, completion: str | None) -> bool:
+        if completion is None:
+            return self.controls.refuses_text(place, text, begins=True, ends=True)
+        return self.controls.refuses_text(place, text, begins=True) or self.controls.refuses_text(
+            place, completion, ends=True
+        )
 
     def _encode_chats(
         self, rows: dict[int, tuple[Conversation, int]]
@@ -174,6 +182,7 @@ class _RowEncoder:
             for text, completion in rows.values()
         ]
         tails = [(completion or "").removesuffix(eos) for _, completion in rows.values()]
+        check_alphabet(self.tokenizer, [*heads, *tails])
         encoded = {}
         for (k, (_, completion)), head, tail in zip(
             rows.items(),

@@ -102,6 +102,8 @@ class SFTDataModule(ResumableDataModule):
             ValueError: if a source has no rows, or too few for the sizes that were asked for.
         """
         self._encoded.clear()
+        if self.chat.template is not None:  # so that an export carries it
+            self.tokenizer.chat_template = self.chat.template
         if stage == "fit":
             self.begin_fit()
             self._rows["train"] = _load(self.dataset, "dataset")
@@ -125,6 +127,7 @@ class SFTDataModule(ResumableDataModule):
             )
             for name, count in counts.items():
                 if count:
+                    name = name.replace("_", " ")
                     self._module.print(f"{kind} rows: {count} of {len(rows)} {name}")
         return self._encoded[kind]
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.models.tokenizers import check_covers
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -94,20 +97,33 @@ class SpecialTokenFilter:
     def refuses(self, place: int, *values: Any) -> bool:
         """Whether the row at this place is out: a control token is spelled somewhere in its values.
 
-        A string is a whole text, which may begin with BOS and end with EOS; in lists and mappings
-        (messages) nothing may be spelled.
+        Args:
+            place: of the row.
+            values: strings, or lists and mappings of them (messages, tools).
         """
         if self.policy == "allow":
             return False
         for value in values:
-            if isinstance(value, str):
-                value = value.removeprefix(self._bos).removesuffix(self._eos)
             for text in _strings(value):
                 found = self._pattern.search(text)
                 if found:
                     self._found[place] = found.group()
                     return True
         return False
+
+    def refuses_text(
+        self, place: int, text: str, *, begins: bool = False, ends: bool = False
+    ) -> bool:
+        """As :meth:`refuses`, for a text in which one control token may stand in its place.
+
+        Args:
+            place: of the row.
+            text: what is searched.
+            begins: it begins a sequence, so that it may begin with BOS.
+            ends: it ends one, so that it may end with EOS.
+        """
+        text = text.removeprefix(self._bos) if begins else text
+        return self.refuses(place, text.removesuffix(self._eos) if ends else text)
 
     def dropped(self) -> int:
         """How many rows are out.
@@ -124,6 +140,17 @@ class SpecialTokenFilter:
                 " beforehand and are trusted"
             )
         return len(self._found)
+
+
+def check_alphabet(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+    """Refuse texts with a character that a character tokenizer has no token for.
+
+    Raises:
+        ValueError: naming the characters and the first text that has one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and isinstance(backend.model, WordLevel):
+        check_covers(tokenizer, texts)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -119,7 +119,8 @@ def _parse(line: bytes) -> Record | None:
 
 def _is_beyond(line: bytes, step: int, key: str) -> bool:
     record = _parse(line)
-    return record is not None and key in record and record[key] > step
+    at = None if record is None else record.get(key)
+    return isinstance(at, (int, float)) and at > step
 
 
 class JsonlRecords(NamedTuple):

@@ -19,6 +19,13 @@ class LateError(Exception):
     """A call did not end in its time."""
 
 
+class AbortedError(Exception):
+    """A call raised what is meant to end a program, such as ``SystemExit``."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+
+
 class EventLoop:
     """An event loop in a thread of its own, where clients kept by async functions stay valid.
 
@@ -33,10 +40,9 @@ class EventLoop:
         """Schedule a coroutine."""
         if self._loop is None or self._owner != os.getpid():
             self._loop, self._owner = asyncio.new_event_loop(), os.getpid()
-            thread = threading.Thread(
-                target=self._loop.run_forever, name="reward-loop", daemon=True
-            )
-            thread.start()
+            threading.Thread(
+                target=_run_loop, args=(self._loop,), name="reward-loop", daemon=True
+            ).start()
         return asyncio.run_coroutine_threadsafe(_as_coroutine(awaitable), self._loop)
 
     def abandon(self) -> None:
@@ -50,7 +56,22 @@ class EventLoop:
 
 
 async def _as_coroutine(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+    try:
+        return await awaitable
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # it would end the loop's thread, and its caller wait for ever
+        raise AbortedError(error) from error
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped, then end what is still waiting in it and close it."""
+    loop.run_forever()
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.close()
 
 
 def in_time(call: Callable[[], Any], timeout: float | None) -> Any:

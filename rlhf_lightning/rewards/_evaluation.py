@@ -9,7 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_lightning.rewards._calls import EventLoop, Future, LateError, in_time, settle
+from rlhf_lightning.rewards._calls import (
+    AbortedError,
+    EventLoop,
+    Future,
+    LateError,
+    in_time,
+    settle,
+)
 from rlhf_lightning.rewards._scores import (
     NonFiniteReward,
     RewardError,
@@ -18,6 +25,7 @@ from rlhf_lightning.rewards._scores import (
     as_results,
     is_async,
 )
+from rlhf_lightning.rewards.workers import WorkerPoolError
 from rlhf_lightning.types import RewardResult, Verdict
 
 
@@ -51,6 +59,14 @@ class RewardPolicy:
             raise ValueError(f"timeout is {self.timeout!r}; it must be positive seconds, or None")
         if not 0 <= self.max_masked_fraction <= 1:
             raise ValueError(f"max_masked_fraction is {self.max_masked_fraction!r}, not in [0, 1]")
+
+    def allowed(self, count: int) -> float:
+        """How many samples of ``count`` may be without score by a function's fault.
+
+        Under ``"mask"`` at least one, however small the batch (unless the fraction is 0).
+        """
+        share = self.max_masked_fraction * count
+        return max(1.0, share) if self.on_error == "mask" and share else share
 
 
 class Journal:
@@ -150,6 +166,8 @@ class Evaluation:
 
     def results(self) -> list[RewardResult]:
         """One finding a completion."""
+        if isinstance(self._failure, WorkerPoolError):
+            raise self._failure  # no row of its own would fare better
         if self._failure is not None:
             self.journal = Journal(self.name, self.count)
             return self._one_by_one(self._failure)
@@ -157,6 +175,14 @@ class Evaluation:
         return [self._checked(element, row) for row, element in enumerate(self._returned)]
 
     def _call(self, arguments: dict[str, Any], timeout: float | None) -> Any:
+        try:
+            return self._call_plainly(arguments, timeout)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # sys.exit() of a reward is no reason to end the run
+            raise AbortedError(error) from error
+
+    def _call_plainly(self, arguments: dict[str, Any], timeout: float | None) -> Any:
         returned = in_time(lambda: self.function(**arguments), timeout)
         if inspect.isgenerator(returned):  # its code runs when it is read
             return in_time(lambda: list(_at_most(returned, self.count + 1)), timeout)
@@ -187,6 +213,7 @@ class Evaluation:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         patience = None if timeout is None else timeout / 4  # a few late samples, not just one
         results: list[RewardResult] = []
+        faults = 0
         for row in range(self.count):
             try:
                 if time.monotonic() >= deadline:
@@ -195,7 +222,8 @@ class Evaluation:
             except RewardError:
                 raise
             except Exception as error:  # as in run()
-                if self.policy.on_error == "raise":
+                faults += 1
+                if self.policy.on_error == "raise" or faults > self.policy.allowed(self.count):
                     raise self._error(error, row) from error
                 results.append(_masked(error))
         if self.policy.on_error == "raise":
@@ -222,6 +250,11 @@ class Evaluation:
             what = f"was late {where}: {error}"
         else:
             what = f"raised {type(error).__name__} {where}: {error}"
+        if self.policy.on_error == "mask":
+            return RewardError(
+                f"reward function {self.name!r} failed on more samples of a batch than"
+                f" max_masked_fraction={self.policy.max_masked_fraction:g} allows. The last {what}"
+            )
         return RewardError(
             f"reward function {self.name!r} {what}. Mend it, or set the reward policy's on_error to"
             " 'mask' to leave such samples without a score"

@@ -180,6 +180,7 @@ _SIMPLE = [
         (r"\s+", " "),
     )
 ]
+_SPACES = re.compile(r"\s+")
 _GROUPED = re.compile(r"(?<!\\)\{[0-9]{1,3}(?:,[0-9]{3})+\}")
 _CHAIN = re.compile(r"([^<>=,\\]+?)(>|\\ge |\\gt )([^<>=,\\]+?)(>|\\ge |\\gt )([^<>=,\\]+)")
 _FLIPPED = {">": "<", r"\ge ": r"\le ", r"\gt ": r"\lt "}
@@ -195,6 +196,7 @@ def clean(text: str) -> str:
         return text
     if not text.isascii():
         text = _to_ascii(_ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2] or m[3]}}}", text))
+    text = _SPACES.sub(" ", text)  # or the patterns with \\s* take quadratic time
     for pattern, replacement in _SIMPLE:
         text = pattern.sub(replacement, text)
     text = _GROUPED.sub(lambda match: match.group().replace(",", ""), text)

@@ -183,7 +183,7 @@ class RewardCombiner:
 
     def _check_faults(self, name: str, found: list[RewardResult]) -> None:
         faults = [row for row, result in enumerate(found) if result.verdict in _FAULTS]
-        if len(faults) > self.policy.max_masked_fraction * len(found):
+        if len(faults) > self.policy.allowed(len(found)):
             first = found[faults[0]]
             raise RewardError(
                 f"reward function {name!r} failed on {len(faults)} of {len(found)} samples, more"

@@ -122,7 +122,7 @@ class MathReward:
         self.check_golds([row[self.gold] for row in rows], ids)
 
     def check_golds(self, golds: Sequence[Any], row_ids: Sequence[Any]) -> None:
-        """Refuse golds that no answer can equal: empty, undefined, not readable or endless.
+        """Refuse golds that no answer can equal: empty, undefined or not readable.
 
         Args:
             golds: values of the gold column; None is a row of another reward function's.

@@ -153,7 +153,7 @@ def test_long_prompts_can_be_dropped_with_a_count(
     rows = [*Sums(4).load(), {"prompt": "1+" * 40, "completion": "", "answer": ""}]
     data = rollouts(prompts=Rows(rows), prompt_limits=PromptLimits(too_long="drop"))
     quiet_trainer(tmp_path, max_epochs=1).fit(grpo(), data)
-    assert "1 of 5 dropped_too_long" in capsys.readouterr().out
+    assert "1 of 5 dropped too long" in capsys.readouterr().out
 
 
 def test_bad_validation_prompts_are_found_before_training(tmp_path: Path) -> None:

@@ -343,6 +343,29 @@ def test_weights_go_to_the_engine_once_a_phase_and_once_a_validation(tmp_path: P
     assert versions == [0, 1, 1, 2]
 
 
+def test_every_prompt_of_every_phase_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    class Spy(HFEngine):
+        def generate(self, prompts: Any, sampling: Any, *, seeds: Any, on_progress: Any = None):
+            seen.extend(seeds)
+            return super().generate(prompts, sampling, seeds=seeds, on_progress=on_progress)
+
+    seen: list[int] = []
+    quiet_trainer(tmp_path, max_epochs=3).fit(grpo(), rollouts(engine=Spy()))
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_steps_schedules_and_epochs_count_optimizer_steps(tmp_path: Path) -> None:
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 + step)
+
+    module = grpo(optimizer=sgd, lr_scheduler=schedule)
+    trainer = quiet_trainer(tmp_path, max_steps=7, accumulate_grad_batches=2)
+    trainer.fit(module, rollouts(steps=2, update_epochs=2))
+    assert trainer.global_step == 7
+    assert len(trainer.optimizers) == 1
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 8)
+
+
 def test_rows_with_other_columns_reach_rewards_complete(tmp_path: Path) -> None:
     class Mixed(Sums):
         def load(self) -> list[dict[str, Any]]:

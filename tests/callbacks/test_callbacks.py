@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.callbacks import HFExport, SampleLogger, Throughput
 from rlhf_lightning.callbacks.sample_logger import as_code, samples_table
+from rlhf_lightning.core.checkpoint import current_umask
 from rlhf_lightning.core.export import prepare_export
+from rlhf_lightning.data import ChatOptions
 from rlhf_lightning.io.jsonl import read_jsonl
 
 
@@ -64,6 +66,20 @@ def samples_of(folder: Path) -> list[dict[str, Any]]:
     found = read_jsonl(folder / "samples.jsonl")
     assert found.bad_lines == 0
     return found.records
+
+
+def test_a_phases_figures_are_there_for_callbacks_when_it_ends(tmp_path: Path) -> None:
+    class Compare(Callback):
+        def on_rollout_end(self, trainer, pl_module, batch, samples, metrics) -> None:
+            self.reward = metrics["reward"]
+
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            found.append((float(trainer.callback_metrics["rollout/reward"]), self.reward))
+
+    found: list[tuple[float, float]] = []
+    quiet_trainer(tmp_path, max_epochs=3, callbacks=[Compare()]).fit(grpo(), rollouts())
+    assert len(found) == 3
+    assert all(a == pytest.approx(b, rel=1e-6) for a, b in found)
 
 
 def test_samples_are_logged_and_a_resumed_run_logs_each_once(tmp_path: Path) -> None:
@@ -117,7 +133,7 @@ def test_samples_reach_tensorboard(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["grpo", "sft"])
 def test_the_export_is_the_trained_model(what: str, tmp_path: Path) -> None:
     module, data = (grpo(), rollouts()) if what == "grpo" else (sft(), sequences())
-    folder = tmp_path / "export"
+    folder, umask = tmp_path / "export", current_umask()
     sft_export = HFExport(str(folder))
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[sft_export]).fit(sft(), sequences())
     export = HFExport(str(folder))
@@ -126,6 +142,7 @@ def test_the_export_is_the_trained_model(what: str, tmp_path: Path) -> None:
     for name, value in module.language_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     assert list(folder.glob("*.safetensors"))
+    assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {oct(0o666 & ~umask)}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("12+3=")["input_ids"] == module.tokenizer("12+3=")["input_ids"]
     assert not list(tmp_path.glob(".*"))
@@ -139,6 +156,14 @@ def test_a_run_resumed_at_its_very_end_still_exports(tmp_path: Path) -> None:
     trainer.fit(grpo(), rollouts(steps=2), ckpt_path=str(tmp_path / "step=4.ckpt"))
     assert trainer.global_step == 4
     assert (tmp_path / "export" / "config.json").exists()
+
+
+def test_the_export_carries_the_chat_template_it_was_trained_with(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    data = sequences(chat=ChatOptions(template=template))
+    export = HFExport(str(tmp_path / "export"))
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[export]).fit(sft(), data)
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == template
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:

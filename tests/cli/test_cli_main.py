@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from rlhf_lightning.cli.main import COMMANDS, main
 
@@ -47,3 +51,55 @@ def test_as_a_module_without_importing_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "status 0 False"
+
+
+REWARDS = """
+def short(completions, **columns):
+    return [1.0 / (1 + len(text)) for text in completions]
+
+def one_too_few(completions, **columns):
+    return [0.0] * (len(completions) - 1)
+
+def broken(completions, **columns):
+    raise LookupError("no such thing")
+"""
+
+
+def run_with_reward(name: str, folder: Path, grpo_config: dict[str, Any]) -> Any:
+    """The console program, in a folder with the user's own rewards and in its own process."""
+    (folder / "my_rewards.py").write_text(REWARDS)
+    grpo_config["data"]["init_args"]["rewards"] = [f"my_rewards.{name}"]
+    grpo_config["trainer"]["max_epochs"] = 1
+    (folder / "run.yaml").write_text(yaml.safe_dump(grpo_config))
+    program = "import sys; sys.path = [p for p in sys.path if p]; "
+    program += "from rlhf_lightning.cli.main import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", program, "fit", "--config", "run.yaml"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_rewards_of_the_current_folder_are_found(tmp_path: Path, grpo_config: dict) -> None:
+    done = run_with_reward("short", tmp_path, grpo_config)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_too_few", r"error: .*'one_too_few'"),
+        ("broken", r"error: reward function 'broken' raised LookupError on sample 0"),
+    ],
+)
+def test_a_reward_at_fault_is_named_in_one_message(
+    name: str, message: str, tmp_path: Path, grpo_config: dict
+) -> None:
+    done = run_with_reward(name, tmp_path, grpo_config)
+    assert done.returncode == 1
+    assert re.search(message, done.stderr)
+    frames = [line for line in done.stderr.splitlines() if "lightning/pytorch" in line]
+    assert not frames, "the Trainer's frames say nothing about a reward"
+    assert ('raise LookupError("no such thing")' in done.stderr) == (name == "broken")

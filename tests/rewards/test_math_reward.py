@@ -456,3 +456,20 @@ def test_math500_golds_are_read_and_its_solutions_found_right(shared_data: Path)
     wrong = reward(None, shifted, answer=golds)
     assert Counter(r.verdict.value for r in wrong) == {"wrong": 497, "correct": 3}
     reward.close()
+
+
+def test_a_fraction_of_a_second_is_a_limit_like_any_other() -> None:
+    reward = MathReward(timeout=0.5, workers=1)
+    answers = [r"\boxed{\frac{1}{2}}", r"\boxed{\int e^{x^{x}} \sin(x^3)\cos(x^5) dx}"]
+    reward(None, [answers[0]], answer=[r"\frac{2}{4}"])  # the worker starts outside the clock
+    started = time.perf_counter()
+    found = reward(None, answers, answer=[r"\frac{2}{4}"] * 2)
+    assert time.perf_counter() - started < 5
+    assert [result.verdict for result in found] == [Verdict.CORRECT, Verdict.TIMEOUT]
+    reward.close()
+
+
+def test_long_runs_of_spaces_cost_no_quadratic_time() -> None:
+    started = time.perf_counter()
+    clean(r"x^" + " " * 100_000 + "y")
+    assert time.perf_counter() - started < 1.0

@@ -273,7 +273,7 @@ def test_under_mask_the_others_keep_their_scores() -> None:
     assert scored.details[2]["fragile"]["error"] == "KeyError: 'no such thing'"
     assert scored.extras["upper"] == ["A", "B", None, "C"]
     assert scored.metrics["calls"] == 1.0
-    with pytest.raises(RewardError, match=r"'fragile' failed on 2 of 4 .*max_masked_fraction=0.25"):
+    with pytest.raises(RewardError, match=r"'fragile' failed on more .*max_masked_fraction=0.25"):
         score([fragile], ["bad", "b", "bad", "c"], policy)
 
 
@@ -442,3 +442,65 @@ def test_math_and_format_together_from_everywhere() -> None:
     assert len(pids) == 1
     combiner.close()
     assert combiner.functions[0].pool.pids == []
+
+
+async def leaves_async(completions: list[str], **kwargs: Any) -> list[float]:
+    raise SystemExit(0)
+
+
+def leaves(completions: list[str], **kwargs: Any) -> list[float]:
+    if any("bad" in text for text in completions):
+        raise SystemExit(0)
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [leaves, leaves_async])
+def test_a_function_that_exits_ends_neither_the_run_nor_the_loop(function: Any) -> None:
+    with pytest.raises(RewardError, match="SystemExit: 0"):
+        score([function], ["a", "bad"])
+
+
+def test_an_exit_is_masked_like_any_failure() -> None:
+    scored = score([leaves, length], ["a", "bad", "c"], MASK)
+    assert scored.valid.tolist() == [[True, True], [False, True], [True, True]]
+
+
+def test_a_function_that_always_fails_is_not_tried_on_every_row() -> None:
+    calls: list[int] = []
+
+    def broken(completions: list[str], **kwargs: Any) -> list[float]:
+        calls.append(len(completions))
+        raise KeyError("no such thing")
+
+    policy = RewardPolicy(on_error="mask", max_masked_fraction=0.1)
+    with pytest.raises(RewardError, match="failed on more samples of a batch than"):
+        score([broken], ["a"] * 50, policy)
+    assert calls == [50] + [1] * 6
+
+
+def test_one_fault_in_a_small_batch_is_masked() -> None:
+    policy = RewardPolicy(on_error="mask", max_masked_fraction=0.1)
+    assert score([leaves], ["a", "bad"], policy).valid.tolist() == [[True], [False]]
+    with pytest.raises(RewardError):
+        score([leaves], ["a", "bad"], RewardPolicy(on_error="mask", max_masked_fraction=0.0))
+
+
+def test_late_coroutines_are_ended_with_their_loop() -> None:
+    ended: list[str] = []
+
+    async def late(completions: list[str], **kwargs: Any) -> list[float]:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("late")
+        return [0.0]
+
+    others = set(threading.enumerate())
+    policy = RewardPolicy(on_error="mask", timeout=0.1, max_masked_fraction=1.0)
+    combiner = RewardCombiner([late], None, policy)
+    combiner.score(["?"], ["a"], [[1]], {})
+    loops = [t for t in {*threading.enumerate()} - others if t.name == "reward-loop"]
+    for thread in loops:
+        thread.join(5)
+    assert ended
+    assert not any(thread.is_alive() for thread in loops)
