@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,20 @@ def test_a_checkpoint_without_the_data_modules_state_is_refused(tmp_path: Path) 
     data.__class__ = Renamed
     with pytest.raises(ValueError, match="no state of a .*Renamed"):
         run(lambda: (grpo(), data), tmp_path, [], ckpt=str(tmp_path / "step=3.ckpt"), max_epochs=2)
+
+
+def test_a_last_checkpoint_of_another_run_is_pointed_out(tmp_path: Path) -> None:
+    def fit(ckpt: str | None) -> None:
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[saver])
+        trainer.fit(grpo(), rollouts(), ckpt_path=ckpt)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is of an earlier run.*")
+        fit(None)
+        fit("last")
+    with pytest.warns(UserWarning, match=r"last\.ckpt is of an earlier run"):
+        fit(None)
 
 
 def test_a_second_fit_on_the_same_trainer_goes_on_with_new_prompts(tmp_path: Path) -> None:

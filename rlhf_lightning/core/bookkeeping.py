@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.core.metrics import PhaseMetrics
 
@@ -54,6 +57,8 @@ class Bookkeeper(Callback):
         """Bring the frozen models to the device and the precision of the trained one."""
         assert self._module is not None
         self._module.frozen.place(pl_module.device, trainer.precision_plugin.convert_module)
+        if not trainer.ckpt_path:
+            _warn_of_another_runs_last(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what the checkpoint owes, and start the next epoch where Lightning would not."""
@@ -123,6 +128,18 @@ def unfinished_micro_batches(trainer: Trainer) -> int:
     """Micro-batches of the running optimizer step whose gradients are computed but not used."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(progress.processed % trainer.accumulate_grad_batches)
+
+
+def _warn_of_another_runs_last(trainer: Trainer) -> None:
+    """Say so if ``ckpt_path="last"`` would not continue the run that is starting."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
+            last = Path(callback.dirpath, callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION)
+            if last.exists():
+                rank_zero_warn(
+                    f"{last} is of an earlier run. Until this one saves for the first time,"
+                    " ckpt_path='last' would continue that one. Move it away, or change dirpath"
+                )
 
 
 def _validation_is_due(trainer: Trainer, done: int, ended: bool) -> bool:
