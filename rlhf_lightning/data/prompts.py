@@ -40,6 +40,18 @@ class PromptSource(ABC):
         """
 
 
+def load_rows(source: PromptSource, name: str) -> list[Row]:
+    """The rows of a source, at least one.
+
+    Raises:
+        ValueError: naming the argument, if there are none.
+    """
+    rows = source.load()
+    if not rows:
+        raise ValueError(f"{name}: the source has no rows")
+    return rows
+
+
 class PromptFile(PromptSource):
     r"""Rows of a file, a ``datasets`` folder or a hub data set, shaped into prompts.
 

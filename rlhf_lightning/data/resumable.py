@@ -9,9 +9,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.bookkeeping import unfinished_micro_batches
 from rlhf_lightning.core.distributed import gather_objects, rank, world_size
+from rlhf_lightning.data.chat import ChatOptions
 from rlhf_lightning.types import Batch
 
 
@@ -44,10 +46,16 @@ class ResumableDataModule(LightningDataModule):
 
     A subclass says how many there are, what happens when an epoch starts, and what each one is; the
     epoch's own data (rollouts, say) go into ``epoch_state``.
+
+    Args:
+        tokenizer: by default the module's.
+        chat: how conversations become text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, chat: ChatOptions) -> None:
         super().__init__()
+        self.chat = chat
+        self._tokenizer = tokenizer
         self.epoch = 0
         """How many epochs have been started: the number of the running one is ``epoch - 1``."""
         self._cursor = 0
@@ -56,6 +64,41 @@ class ResumableDataModule(LightningDataModule):
         self._remake = False
         self._served = False
         self._restored_sizes: list[int] | None = None
+
+    @property
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} works inside a Trainer: use trainer.fit(...)")
+        return self.trainer
+
+    @property
+    def _module(self) -> Any:
+        return self._trainer.lightning_module
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was given, or the module's."""
+        return self._tokenizer if self._tokenizer is not None else self._module.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Give the tokenizer the chat template, so that an export carries it."""
+        if self.chat.template is not None:
+            self.tokenizer.chat_template = self.chat.template
+
+    def test_dataloader(self) -> Any:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def report_counts(self, what: str, rows: int, counts: dict[str, int]) -> None:
+        """Print how many rows were left out or cut, and why."""
+        for reason, count in counts.items():
+            if count:
+                self._module.print(f"{what}: {count} of {rows} {reason.replace('_', ' ')}")
 
     def without_validation(self) -> None:
         """Make ``fit`` skip validation, as Lightning does where there is no such hook."""

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.core.config import as_config, check_choices
 from rlhf_lightning.core.modes import eval_mode
 from rlhf_lightning.core.seeding import derive_seed
-from rlhf_lightning.data.answers import AnswerLoader, ValidationConfig
 from rlhf_lightning.data.chat import ChatOptions
+from rlhf_lightning.data.held_out import HeldOutLoader, ValidationConfig
 from rlhf_lightning.data.phase import Phase, PhaseConfig, plan_updates, step_denominators
-from rlhf_lightning.data.prompts import EncodedPrompt, PromptSource, encode_prompts
+from rlhf_lightning.data.prompts import EncodedPrompt, PromptSource, encode_prompts, load_rows
 from rlhf_lightning.data.resumable import ResumableDataModule
 from rlhf_lightning.data.stream import PromptStream
 from rlhf_lightning.events import dispatch
@@ -95,7 +95,7 @@ class RolloutDataModule(ResumableDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, as_config(ChatOptions, chat, "chat"))
         self.prompts = prompts
         self.sampling = as_config(SamplingParams, sampling or SamplingParams(n=8), "sampling")
         self.phase = as_config(PhaseConfig, phase, "phase")
@@ -103,13 +103,11 @@ class RolloutDataModule(ResumableDataModule):
             None if validation is None else as_config(ValidationConfig, validation, "validation")
         )
         self.prompt_limits = as_config(PromptLimits, prompt_limits, "prompt_limits")
-        self.chat = as_config(ChatOptions, chat, "chat")
         self.rewards = RewardCombiner(
             rewards, reward_weights, as_config(RewardPolicy, reward_policy, "reward_policy")
         )
         self.engine = engine if engine is not None else HFEngine()
         self.seed = seed
-        self._tokenizer = tokenizer
         if validation is None:
             self.without_validation()
         self._encoded: dict[str, list[EncodedPrompt]] = {}
@@ -122,21 +120,6 @@ class RolloutDataModule(ResumableDataModule):
                 "sampling.temperature is 0: greedy completions cannot be learned from. Raise it"
             )
 
-    @property
-    def _trainer(self) -> Any:
-        if self.trainer is None:
-            raise RuntimeError("RolloutDataModule works inside a Trainer: use trainer.fit(...)")
-        return self.trainer
-
-    @property
-    def _module(self) -> Any:
-        return self._trainer.lightning_module
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was given, or the module's."""
-        return self._tokenizer if self._tokenizer is not None else self._module.tokenizer
-
     def setup(self, stage: str) -> None:
         """Read the prompts and check everything that can be checked without a model.
 
@@ -144,9 +127,8 @@ class RolloutDataModule(ResumableDataModule):
             TypeError: if the module cannot make experience of rollouts.
             ValueError: if the sizes do not divide, or rows lack what a reward function needs.
         """
+        super().setup(stage)
         self._encoded.clear()
-        if self.chat.template is not None:  # so that an export carries it
-            self.tokenizer.chat_template = self.chat.template
         if stage == "fit":
             self.begin_fit()
             self._running = None
@@ -177,9 +159,7 @@ class RolloutDataModule(ResumableDataModule):
 
     def _load_rows(self, source: PromptSource, name: str) -> list[dict[str, Any]]:
         """Rows that all have the same columns, so that reward functions always get them all."""
-        rows = source.load()
-        if not rows:
-            raise ValueError(f"{name}: the source has no rows")
+        rows = load_rows(source, name)
         columns = dict.fromkeys(column for row in rows for column in row)
         rows = [{c: row.get(c) for c in columns if c != "prompt" or c in row} for row in rows]
         self.rewards.check_rows([reward_columns(row) for row in rows])
@@ -202,10 +182,7 @@ class RolloutDataModule(ResumableDataModule):
                 too_long=limits.too_long,
                 chat=self.chat,
             )
-            for name, count in counts.items():
-                if count:
-                    name = name.replace("_", " ")
-                    self._module.print(f"{kind} prompts: {count} of {len(self._rows[kind])} {name}")
+            self.report_counts(f"{kind} prompts", len(self._rows[kind]), counts)
         return self._encoded[kind]
 
     # Training: a phase
@@ -234,7 +211,7 @@ class RolloutDataModule(ResumableDataModule):
             batch = module.make_experience(rollouts.batch, plans[0])
         denominators = step_denominators(batch, plans, module.loss_units, module.device)
         self._running = Phase(batch, plans, denominators)
-        self._report(epoch, rollouts, batch, (started, generated, time.perf_counter()))
+        self._report(rollouts, batch, (started, generated, time.perf_counter()))
 
     @contextmanager
     def _collecting(self) -> Iterator[None]:
@@ -285,7 +262,6 @@ class RolloutDataModule(ResumableDataModule):
 
     def _report(
         self,
-        phase: int,
         rollouts: Rollouts,
         batch: RolloutBatch,
         times: tuple[float, float, float],
@@ -335,20 +311,12 @@ class RolloutDataModule(ResumableDataModule):
         """Answered held-out prompts."""
         assert self.validation is not None
         prompts = len(self._encode("validation", self._validation_sampling()))
-        return AnswerLoader(
+        return HeldOutLoader(
             prompts,
             self.validation.batch_size,
             self._answer,
             begin=lambda: self._push_weights(self.epoch),
         )
-
-    def test_dataloader(self) -> Any:
-        """The same as validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> Any:
-        """The same as validation."""
-        return self.val_dataloader()
 
     def _answer(self, places: Sequence[int], counts: Tensor) -> RolloutBatch:
         sampling = self._validation_sampling()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,8 @@ from rlhf_lightning.core.distributed import rank, world_size
 from rlhf_lightning.core.seeding import permutation
 from rlhf_lightning.data.batching import check_token_budget, cut_micro_batches
 from rlhf_lightning.data.chat import ChatOptions, EncodedSequence
-from rlhf_lightning.data.prompts import PromptSource
+from rlhf_lightning.data.held_out import HeldOutLoader
+from rlhf_lightning.data.prompts import PromptSource, load_rows
 from rlhf_lightning.data.resumable import ResumableDataModule
 from rlhf_lightning.data.sequences import encode_sequences
 from rlhf_lightning.models.loading import context_length
@@ -59,7 +60,7 @@ class SFTDataModule(ResumableDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, as_config(ChatOptions, chat, "chat"))
         for name, size in (
             ("batch_size", batch_size),
             ("validation_batch_size", validation_batch_size),
@@ -72,11 +73,9 @@ class SFTDataModule(ResumableDataModule):
         self.max_length = max_length
         self.too_long = too_long
         self.train_on_prompt = train_on_prompt
-        self.chat = as_config(ChatOptions, chat, "chat")
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.validation_batch_size = validation_batch_size
         self.seed = seed
-        self._tokenizer = tokenizer
         if validation is None:
             self.without_validation()
         self._rows: dict[str, list[dict[str, Any]]] = {}
@@ -84,31 +83,19 @@ class SFTDataModule(ResumableDataModule):
         self._plan: StepPlan = []
         self._denominators: list[float] = []
 
-    @property
-    def _module(self) -> Any:
-        if self.trainer is None:
-            raise RuntimeError("SFTDataModule works inside a Trainer: use trainer.fit(...)")
-        return self.trainer.lightning_module
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was given, or the module's."""
-        return self._tokenizer if self._tokenizer is not None else self._module.tokenizer
-
     def setup(self, stage: str) -> None:
         """Read the rows.
 
         Raises:
             ValueError: if a source has no rows, or too few for the sizes that were asked for.
         """
+        super().setup(stage)
         self._encoded.clear()
-        if self.chat.template is not None:  # so that an export carries it
-            self.tokenizer.chat_template = self.chat.template
         if stage == "fit":
             self.begin_fit()
-            self._rows["train"] = _load(self.dataset, "dataset")
+            self._rows["train"] = load_rows(self.dataset, "dataset")
         if self.validation is not None:
-            self._rows["validation"] = _load(self.validation, "validation")
+            self._rows["validation"] = load_rows(self.validation, "validation")
         elif stage in ("validate", "test", "predict"):
             raise ValueError(f"validation: `{stage}` needs held-out rows, and none are configured")
 
@@ -125,10 +112,7 @@ class SFTDataModule(ResumableDataModule):
                 train_on_prompt=self.train_on_prompt,
                 chat=self.chat,
             )
-            for name, count in counts.items():
-                if count:
-                    name = name.replace("_", " ")
-                    self._module.print(f"{kind} rows: {count} of {len(rows)} {name}")
+            self.report_counts(f"{kind} rows", len(rows), counts)
         return self._encoded[kind]
 
     # Training
@@ -206,40 +190,10 @@ class SFTDataModule(ResumableDataModule):
 
     def val_dataloader(self) -> Any:
         """Held-out rows in their order, dealt out to the ranks."""
-        return _HeldOutLoader(self)
+        rows = len(self._sequences("validation"))
+        return HeldOutLoader(rows, self.validation_batch_size, self._held_out)
 
-    def test_dataloader(self) -> Any:
-        """The same as validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> Any:
-        """The same as validation."""
-        return self.val_dataloader()
-
-
-class _HeldOutLoader:
-    """Serves this rank's held-out rows; a rank with fewer of them serves an unmarked one."""
-
-    def __init__(self, data: SFTDataModule) -> None:
-        self.data = data
-        self.rows = len(data._sequences("validation"))
-
-    def _share(self) -> int:
-        return -(-self.rows // world_size())
-
-    def __len__(self) -> int:
-        return -(-self._share() // self.data.validation_batch_size)
-
-    def __iter__(self) -> Iterator[SequenceBatch]:
-        mine = torch.arange(rank(), self._share() * world_size(), world_size())
-        for places in mine.split(self.data.validation_batch_size):
-            batch = self.data._collate("validation", places % self.rows)
-            batch.loss_mask &= (places < self.rows)[:, None]
-            yield batch
-
-
-def _load(source: PromptSource, name: str) -> list[dict[str, Any]]:
-    rows = source.load()
-    if not rows:
-        raise ValueError(f"{name}: the source has no rows")
-    return rows
+    def _held_out(self, places: Sequence[int], counts: Tensor) -> SequenceBatch:
+        batch = self._collate("validation", torch.tensor(places))
+        batch.loss_mask &= counts[:, None]
+        return batch

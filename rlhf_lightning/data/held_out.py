@@ -1,4 +1,4 @@
-"""Held-out prompts, answered and scored: what validation, test and predict iterate over."""
+"""Held-out rows: what validation, test and predict iterate over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.core.distributed import rank, world_size
 from rlhf_lightning.data.prompts import PromptSource
-from rlhf_lightning.types import RolloutBatch, SamplingParams
+from rlhf_lightning.types import Batch, SamplingParams
 
 
 @dataclass
@@ -32,39 +32,40 @@ class ValidationConfig:
             raise ValueError(f"validation.batch_size is {self.batch_size}; it must be at least 1")
 
 
-class AnswerLoader:
-    """Serves the held-out set in batches, the same number of them on every rank.
+class HeldOutLoader:
+    """Serves a held-out set in batches, the same number of them on every rank.
 
-    Where the prompts do not divide evenly, a rank repeats one to keep step with the others (sharded
-    models generate together) and marks it, so that nothing is counted twice.
+    Where the rows do not divide evenly, a rank repeats one to keep step with the others (sharded
+    models compute together) and marks it, so that nothing is counted twice.
 
     Args:
-        prompts: how many held-out prompts there are.
-        batch_size: prompts answered at a time, per process.
-        answer: makes the batch, given places in the held-out set and which of them count.
+        rows: how many held-out rows there are.
+        batch_size: rows at a time, per process.
+        make: makes the batch, given places in the held-out set and ``[len(places)]`` which of them
+            count.
         begin: called before the first batch.
     """
 
     def __init__(
         self,
-        prompts: int,
+        rows: int,
         batch_size: int,
-        answer: Callable[[Sequence[int], Tensor], RolloutBatch],
-        begin: Callable[[], None],
+        make: Callable[[Sequence[int], Tensor], Batch],
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self.prompts = prompts
+        self.rows = rows
         self.batch_size = batch_size
-        self.answer = answer
+        self.make = make
         self.begin = begin
-        self._share = -(-prompts // world_size())
+        self._share = -(-rows // world_size())
 
     def __len__(self) -> int:
         return -(-self._share // self.batch_size)
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         self.begin()
         mine = range(rank(), self._share * world_size(), world_size())
         for start in range(0, len(mine), self.batch_size):
             places = mine[start : start + self.batch_size]
-            counts = torch.tensor([place < self.prompts for place in places])
-            yield self.answer([place % self.prompts for place in places], counts)
+            counts = torch.tensor([place < self.rows for place in places])
+            yield self.make([place % self.rows for place in places], counts)
