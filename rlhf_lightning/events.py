@@ -48,8 +48,10 @@ class RolloutCallback(Callback):
             trainer: the trainer.
             pl_module: the module that is trained.
             batch: this rank's rollouts of the phase.
-            samples: one record a completion: prompt, completion, rewards, verdicts, lengths.
-            metrics: this rank's means over the phase.
+            samples: one record a completion: prompt, completion, rewards, verdicts, lengths. First
+                those of the batch, in the order of its rows, then (``trained`` is False) those that
+                this rank generated and that dynamic sampling dropped.
+            metrics: this rank's means over the phase, and over all that it generated.
         """
 
     def on_weights_updated(

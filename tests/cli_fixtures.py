@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 
 MODEL = {
@@ -72,3 +73,24 @@ def grpo_file(in_tmp: Path, grpo_config: dict[str, Any]) -> str:
     """The same run as a file."""
     Path("grpo.yaml").write_text(yaml.safe_dump(grpo_config))
     return "grpo.yaml"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a short supervised run on a model from a configuration."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = tiny.quiet_trainer(folder, max_epochs=1)
+    trainer.fit(tiny.sft(), tiny.sequences())
+    trainer.save_checkpoint(folder / "trained.ckpt")
+    return folder / "trained.ckpt"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a chat template, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    module = tiny.sft()
+    module.configure_model()
+    module.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    module.export(folder)
+    return folder

@@ -9,9 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from cli_fixtures import grpo_config, grpo_file, in_tmp
+from cli_fixtures import checkpoint, grpo_config, grpo_file, in_tmp, model_folder
 
-__all__ = ["grpo_config", "grpo_file", "in_tmp"]
+__all__ = ["checkpoint", "grpo_config", "grpo_file", "in_tmp", "model_folder"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -110,18 +110,27 @@ def test_public_names_are_these() -> None:
         "ArithmeticPrompts",
         "ChatOptions",
         "Completion",
+        "DynamicSampling",
+        "FiniteGuard",
         "FormatReward",
         "GRPOModule",
         "HFEngine",
         "HFExport",
+        "ImportanceSamplingConfig",
         "KLConfig",
+        "LearnabilitySampler",
         "MathReward",
         "ModelConfig",
+        "OrderedSampler",
+        "OverlongPenalty",
         "PhaseConfig",
         "PolicyLossConfig",
         "PromptFile",
-        "PromptLimits",
+        "PromptFilters",
+        "PromptMixture",
+        "PromptSampler",
         "PromptSource",
+        "ReferenceConfig",
         "RewardPolicy",
         "RewardResult",
         "RolloutBatch",
@@ -133,6 +142,7 @@ def test_public_names_are_these() -> None:
         "SampleLogger",
         "SamplingParams",
         "SequenceBatch",
+        "ShuffledSampler",
         "Throughput",
         "ValidationConfig",
         "Verdict",
@@ -143,12 +153,13 @@ def test_public_names_are_these() -> None:
 
 
 SIGNATURES = {
-    "GRPOModule": "model tokenizer advantage policy_loss kl optimizer lr_scheduler",
-    "SFTModule": "model tokenizer optimizer lr_scheduler",
-    "RolloutDataModule": "prompts rewards reward_weights sampling phase engine validation "
-    "prompt_limits reward_policy chat tokenizer seed",
-    "SFTDataModule": "dataset batch_size validation max_length too_long train_on_prompt chat "
-    "max_tokens_per_micro_batch validation_batch_size tokenizer seed",
+    "GRPOModule": "model tokenizer advantage policy_loss kl reference importance_sampling optimizer"
+    " lr_scheduler packing",
+    "SFTModule": "model tokenizer optimizer lr_scheduler packing log_entropy",
+    "RolloutDataModule": "prompts rewards reward_weights sampling phase engine validation filters"
+    " sampler reward_policy chat seed",
+    "SFTDataModule": "dataset batch_size validation max_length too_long duplicates train_on_prompt"
+    " chat max_tokens_per_micro_batch validation_batch_size seed",
 }
 
 

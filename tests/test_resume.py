@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,10 +13,23 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
-from tiny import adamw, grpo, quiet_trainer, rollouts, sequences, sft, tiny_model
+from tiny import (
+    Sums,
+    adamw,
+    grpo,
+    quiet_trainer,
+    rollouts,
+    sequences,
+    sft,
+    share_of_digits,
+    tiny_model,
+)
 
-from rlhf_lightning.algorithms import GRPOModule, KLConfig
-from rlhf_lightning.data import RolloutDataModule, ValidationConfig
+from rlhf_lightning.algorithms import GRPOModule, KLConfig, SFTModule
+from rlhf_lightning.data import PhaseConfig, PromptMixture, RolloutDataModule, ValidationConfig
+from rlhf_lightning.data.phase import DynamicSampling
+from rlhf_lightning.data.samplers import LearnabilitySampler
+from rlhf_lightning.types import SamplingParams
 
 
 class Trace(Callback):
@@ -38,7 +46,7 @@ class Trace(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         noise = (float(torch.rand(())), float(np.random.rand()), random.random())
-        loss = float(outputs["loss"])
+        loss = float(outputs["loss"]).hex()  # as text, NaN equals itself
         self.batches.append((trainer.global_step, batch.input_ids.tolist(), loss, noise))
 
 
@@ -50,7 +58,7 @@ class Memory(DummyLogger):
         self.rows: list[Any] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        kept = {k: float(v) for k, v in metrics.items() if not k.startswith("time/")}
+        kept = {k: float(v).hex() for k, v in metrics.items() if not k.startswith("time/")}
         if set(kept) - {"epoch"}:
             self.rows.append((step, kept))
 
@@ -86,6 +94,28 @@ def every_step(folder: Path) -> ModelCheckpoint:
     )
 
 
+def plain_values(value: Any, name: str = "") -> dict[str, Any]:
+    """The numbers and texts in a checkpoint by their place in it, but for times and folders."""
+    if isinstance(value, dict):
+        value = value.items()
+    elif isinstance(value, (list, tuple)):
+        value = enumerate(value)
+    else:
+        return {name: repr(value.tolist() if isinstance(value, torch.Tensor) else value)}
+    found: dict[str, Any] = {}
+    for key, item in value:
+        if not str(key).startswith(("time/", "ModelCheckpoint")):
+            found |= plain_values(item, f"{name}.{key}")
+    return found
+
+
+def assert_same_checkpoint(expected: Path, found: Path) -> None:
+    """A resumed run writes what the whole one has written: it can itself be resumed exactly."""
+    values, others = (plain_values(torch.load(path)) for path in (expected, found))
+    assert {k: (values.get(k), v) for k, v in others.items() if values.get(k) != v} == {}
+    assert values.keys() == others.keys()
+
+
 def assert_same_end(whole: Any, resumed: Any, trained: int, logged: int) -> None:
     """The resumed run does, and logs, all that the whole one did after a point, and no more."""
     (module, trainer, trace), (module2, trainer2, trace2) = whole, resumed
@@ -106,8 +136,35 @@ def assert_same_end(whole: Any, resumed: Any, trained: int, logged: int) -> None
         assert row.keys() == row2.keys()
 
 
+def refilled(**options: Any) -> RolloutDataModule:
+    """Pairs, whose rewards are often equal, so that a phase takes several rounds."""
+    phase = PhaseConfig(prompts=4, steps=2, dynamic_sampling=DynamicSampling(max_rounds=3))
+    sampling = SamplingParams(n=2, max_new_tokens=4)
+    return rollouts(**{"phase": phase, "sampling": sampling, **options})
+
+
+def mixture() -> PromptMixture:
+    return PromptMixture({"few": Sums(5), "many": Sums()}, weights={"few": 1, "many": 3})
+
+
+class SpoiltSFT(SFTModule):
+    """Supervised training in which the loss of some steps is not a number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step in (1, 2, 5, 7) else loss
+
+
 RUNS = {
+    "sft-skipped-steps": (
+        lambda: (
+            SpoiltSFT(tiny_model(attention_dropout=0.3), optimizer=adamw),
+            sequences(batch_size=32),
+        ),
+        {"max_epochs": 3, "gradient_clip_val": 1.0},
+    ),
     "grpo": (lambda: (grpo(kl=KLConfig(coef=0.0)), rollouts()), {"max_epochs": 3}),
+    "grpo-padded": (lambda: (grpo(packing=False), rollouts()), {"max_epochs": 2}),
     "grpo-kl-accumulate-epochs": (
         lambda: (grpo(), rollouts(steps=2, update_epochs=2)),
         {"max_epochs": 2, "accumulate_grad_batches": 2},
@@ -116,12 +173,32 @@ RUNS = {
         lambda: (grpo(kl=KLConfig(coef=0.1, placement="reward")), rollouts(steps=4)),
         {"max_steps": 7},
     ),
+    "grpo-reference-refresh": (
+        lambda: (grpo(reference={"refresh_every": 2}), rollouts()),
+        {"max_epochs": 4},
+    ),
+    "grpo-everything": (
+        lambda: (
+            grpo(
+                policy_loss={"objective": "cispo", "mask_truncated": True, "entropy_coef": 0.01},
+                importance_sampling={"level": "sequence"},
+                reference={"ema_decay": 0.5},
+            ),
+            rollouts(steps=2, update_epochs=2),
+        ),
+        {"max_epochs": 3, "accumulate_grad_batches": 2},
+    ),
     "grpo-scheduler": (
         lambda: (
             grpo(lr_scheduler=lambda opt: torch.optim.lr_scheduler.LinearLR(opt, total_iters=6)),
             rollouts(),
         ),
         {"max_epochs": 3, "gradient_clip_val": 1.0},
+    ),
+    "grpo-dynamic-sampling": (lambda: (grpo(), refilled()), {"max_epochs": 3}),
+    "grpo-dynamic-curriculum-mixture": (
+        lambda: (grpo(), refilled(prompts=mixture(), sampler=LearnabilitySampler())),
+        {"max_epochs": 3},
     ),
     "grpo-validation": (
         lambda: (grpo(), rollouts(validation=ValidationConfig(rollouts().prompts, batch_size=50))),
@@ -136,6 +213,10 @@ RUNS = {
         {"max_epochs": 2, "val_check_interval": 3},
     ),
     "sft": (lambda: (sft(), sequences()), {"max_epochs": 2}),
+    "sft-mixture": (
+        lambda: (sft(log_entropy=True), sequences(dataset=mixture(), duplicates="keep")),
+        {"max_epochs": 3},
+    ),
     "sft-accumulate-scheduler": (
         lambda: (
             sft(lr_scheduler=lambda opt: torch.optim.lr_scheduler.LinearLR(opt, total_iters=6)),
@@ -152,13 +233,15 @@ def test_resume_from_every_step_is_exact(name: str, tmp_path: Path) -> None:
     whole = run(make, tmp_path, [every_step(tmp_path / "checkpoints")], **options)
     rows = whole[1].logger.rows
     for step, (trained, logged) in whole[2].saved.items():
-        if logged < len(rows) and set(rows[logged][1]) == {"train/loss", "epoch"}:
+        if logged < len(rows) and "train/num_tokens" in rows[logged][1]:
             logged += 1  # a step's own row is logged right after its checkpoint
-        if step == options.get("max_steps"):
-            logged = len(rows)  # Lightning finds nothing left to do, and calls no hook
         checkpoint = tmp_path / "checkpoints" / f"step={step}.ckpt"
-        resumed = run(make, tmp_path, [], ckpt=str(checkpoint), **options)
+        again = tmp_path / f"resumed-{step}"
+        end = ModelCheckpoint(again, "{step}", every_n_train_steps=whole[1].global_step)
+        resumed = run(make, tmp_path, [end], ckpt=str(checkpoint), **options)
         assert_same_end(whole, resumed, trained, logged)
+        for path in again.glob("*.ckpt"):
+            assert_same_checkpoint(tmp_path / "checkpoints" / path.name, path)
 
 
 @pytest.mark.parametrize("name", ["grpo", "sft"])
@@ -207,6 +290,27 @@ def test_a_crash_in_an_accumulated_step_repeats_that_step(tmp_path: Path) -> Non
         assert_same_end(whole, resumed, batches // 2 * 2, (batches - 1) // 8)
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
+def test_a_crash_inside_a_step_repeats_that_step(hook: str, tmp_path: Path) -> None:
+    """Also the random numbers and the figures of the step are as they were before it."""
+
+    class FailsInside(Callback):
+        left = 5
+
+        def fail(self, *args: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyError("stopped by the test")
+
+    setattr(FailsInside, hook, FailsInside.fail)
+    make, options = RUNS["sft-skipped-steps"]
+    whole = run(make, tmp_path, [], **options)
+    with pytest.raises(KeyError):
+        run(make, tmp_path, [FailsInside(), SaveOnException(tmp_path / "x.ckpt")], **options)
+    resumed = run(make, tmp_path, [], ckpt=str(tmp_path / "x.ckpt"), **options)
+    assert_same_end(whole, resumed, 4, 5)
+
+
 def test_crashing_twice_before_anything_is_trained_loses_nothing(tmp_path: Path) -> None:
     class FailsAtStart(Callback):
         def __init__(self, hook: str) -> None:
@@ -224,8 +328,6 @@ def test_crashing_twice_before_anything_is_trained_loses_nothing(tmp_path: Path)
             run(make, tmp_path, [FailsAtStart(hook), SaveOnException(path)], saved, **options)
         saved = str(path)
     resumed = run(make, tmp_path, [], ckpt=saved, **options)
-    rows = resumed[1].logger.rows  # Lightning counts the batch that crashed as one that stepped
-    rows[:] = [(step - 1, row) for step, row in rows]
     assert_same_end(whole, resumed, 0, 0)
 
 
@@ -331,101 +433,47 @@ class SaveOnException(Callback):
 
 
 class FailsInPhase:
-    """A reward that raises once, in the given call."""
+    """A reward that raises once, in the given call of the given phase."""
 
-    def __init__(self, call: int) -> None:
+    def __init__(self, phase: int, call: int) -> None:
+        self.phase = phase
         self.left = call
         self.__name__ = "share_of_digits"
 
-    def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
-        self.left -= 1
+    def __call__(self, completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
+        self.left -= trainer_state.epoch == self.phase
         if self.left == 0:
             raise KeyboardInterrupt
-        return [sum(c.isdigit() for c in text) / 4 for text in completions]
+        return share_of_digits(completions)
 
 
-def test_an_interrupt_during_a_rollout_repeats_that_rollout(tmp_path: Path) -> None:
-    make, options = RUNS["grpo"]
+@pytest.mark.parametrize(
+    ("name", "make_data", "call"),
+    [
+        ("grpo", rollouts, 1),
+        ("grpo-dynamic-sampling", refilled, 2),
+        (
+            "grpo-dynamic-curriculum-mixture",
+            lambda **options: refilled(prompts=mixture(), sampler=LearnabilitySampler(), **options),
+            2,
+        ),
+    ],
+)
+def test_an_interrupt_during_a_rollout_repeats_that_rollout(
+    name: str, make_data: Any, call: int, tmp_path: Path
+) -> None:
+    make, options = RUNS[name]
     whole = run(make, tmp_path, [], **options)
     saver = ModelCheckpoint(dirpath=tmp_path / "c", filename="x", save_on_exception=True)
 
     def interrupted():
-        return grpo(kl=KLConfig(coef=0.0)), rollouts(rewards=[FailsInPhase(2)])
+        return make()[0], make_data(rewards=[FailsInPhase(1, call)])
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(interrupted, tmp_path, [saver], **options)
     (saved,) = (tmp_path / "c").glob("*.ckpt")
     resumed = run(make, tmp_path, [], ckpt=str(saved), **options)
     assert_same_end(whole, resumed, 2, 1)
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-import torch
-from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger
-from tiny import grpo, quiet_trainer, rollouts
-folder, ckpt = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
-class Slow(Callback):
-    def on_train_batch_end(self, *args):
-        print("step", flush=True)
-        time.sleep(0.02)
-    def on_rollout_progress(self, *args):
-        time.sleep(0.005)
-saver = ModelCheckpoint(dirpath=folder, filename="last", every_n_train_steps=1,
-                        save_top_k=1, enable_version_counter=False)
-torch.set_num_threads(1)
-seed_everything(1, verbose=False)
-module, data = grpo(), rollouts(steps=2, update_epochs=2)
-trainer = quiet_trainer(folder, callbacks=[saver, Slow()], max_epochs=5)
-trainer.fit(module, data, ckpt_path=ckpt)
-torch.save({"weights": module.state_dict(), "step": trainer.global_step}, folder / "end.pt")
-"""
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    folder.mkdir(parents=True, exist_ok=True)
-    script = folder / "run.py"
-    script.write_text(KILLED)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(script), str(folder), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def kill_after(process: subprocess.Popen, steps: int, seconds: float) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        steps -= line.startswith("step")
-        if steps <= 0:
-            break
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def test_kill_9_then_resume_ends_at_the_same_weights(tmp_path: Path) -> None:
-    whole = start(tmp_path / "whole")
-    whole.communicate()
-    assert whole.returncode == 0
-    expected = torch.load(tmp_path / "whole" / "end.pt")
-    folder = tmp_path / "killed"
-    kill_after(start(folder), steps=3, seconds=0.01)  # in an update
-    kill_after(start(folder, str(folder / "last.ckpt")), steps=5, seconds=0.03)  # in a rollout
-    last = start(folder, str(folder / "last.ckpt"))
-    last.communicate()
-    assert last.returncode == 0
-    found = torch.load(folder / "end.pt")
-    assert found["step"] == expected["step"] == 20
-    for name, value in expected["weights"].items():
-        assert torch.equal(value, found["weights"][name]), name
-    assert not list(folder.glob(".partial*")), "a half-written checkpoint was left behind"
 
 
 def test_a_fresh_fit_of_the_same_data_module_starts_over(tmp_path: Path) -> None:

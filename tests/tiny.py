@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rlhf_lightning.algorithms import GRPOModule, SFTModule
 from rlhf_lightning.data import PromptSource, RolloutDataModule, SFTDataModule
 from rlhf_lightning.data.phase import PhaseConfig
-from rlhf_lightning.types import SamplingParams
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.types import Completion, SamplingParams
 
 CHARACTERS = "0123456789+="
 
@@ -53,6 +56,40 @@ class Sums(PromptSource):
 def share_of_digits(completions: list[str], **kwargs: Any) -> list[float]:
     """A dense reward, so that even a random model has something to learn."""
     return [sum(c.isdigit() for c in text) / 4 for text in completions]
+
+
+class ScriptedEngine(RolloutEngine):
+    """Completions that follow from the prompt's seed alone, of very different lengths."""
+
+    def bind(self, model: Any, tokenizer: Any) -> None:
+        self.version = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Any,
+        *,
+        seeds: Sequence[int],
+        on_progress: Any = None,
+    ) -> list[list[Completion]]:
+        groups = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            draw, group = random.Random(seed), []
+            for _ in range(sampling.n):
+                length = draw.choice([1, 1, 2, 12])
+                ids = [draw.randrange(3, 13) for _ in range(length)]
+                reason = "length" if length == 12 else "stop"
+                group.append(Completion(list(prompt), ids, [-1.0] * length, reason))
+            groups.append(group)
+            if on_progress is not None:
+                on_progress(len(groups) * sampling.n, len(prompts) * sampling.n)
+        return groups
+
+    def update_weights(self, named_parameters: Iterable, version: int) -> None:
+        self.version = version
+
+    def close(self) -> None:
+        pass
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:

@@ -2,115 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import copy
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.algorithms._policy_gradient import PolicyGradientModule
-from rlhf_lightning.core.config import as_config, check_choices
+from rlhf_lightning.algorithms._grpo_options import (
+    AdvantageConfig,
+    ImportanceSamplingConfig,
+    KLConfig,
+    PolicyLossConfig,
+)
+from rlhf_lightning.algorithms._policy_gradient import PolicyGradientModule, ReferenceConfig
+from rlhf_lightning.core.config import as_config
 from rlhf_lightning.core.distributed import gather_objects
 from rlhf_lightning.functional import (
+    PolicyLossOutput,
     aggregate_loss,
     clipped_policy_loss,
+    clipped_weight_loss,
     group_advantages,
     group_statistics,
+    importance_weights,
     kl_estimate,
     loss_units,
     masked_sum,
     total_rewards,
 )
 from rlhf_lightning.models.loading import ModelConfig
-from rlhf_lightning.types import RolloutBatch, StepPlan
-
-
-@dataclass
-class AdvantageConfig:
-    """How a completion is compared with the others of its prompt.
-
-    Args:
-        baseline: ``"mean"`` of the group (GRPO), or ``"leave_one_out"``: the mean of the others
-            (RLOO, arXiv 2402.14740).
-        scale: divide by the deviation of the ``"group"`` (GRPO) or of the whole ``"batch"``, or by
-            nothing (``"none"``; Dr.GRPO, arXiv 2503.20783).
-    """
-
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    scale: Literal["group", "batch", "none"] = "group"
-
-    def __post_init__(self) -> None:
-        check_choices(self, "advantage")
-
-
-@dataclass
-class PolicyLossConfig:
-    """The surrogate objective and how it is averaged.
-
-    Args:
-        clip_low: the ratio is clipped below at ``1 - clip_low``.
-        clip_high: and above at ``1 + clip_high`` (larger than ``clip_low`` is DAPO's clip-higher,
-            arXiv 2503.14476).
-        ratio: ``"token"``, or ``"sequence"`` for the geometric mean over the completion (GSPO,
-            arXiv 2507.18071).
-        dual_clip: bound on the ratio where the advantage is negative (arXiv 1912.09729); off by
-            default.
-        aggregation: ``"sequence"`` averages tokens within a completion, then completions (GRPO);
-            ``"token"`` averages over all tokens of the step (DAPO); ``"constant"`` divides by
-            ``max_completion_length`` times the number of completions (Dr.GRPO).
-        max_completion_length: that constant, in tokens.
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    ratio: Literal["token", "sequence"] = "token"
-    dual_clip: float | None = None
-    aggregation: Literal["token", "sequence", "constant"] = "sequence"
-    max_completion_length: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choices(self, "policy_loss")
-        if (self.aggregation == "constant") != (self.max_completion_length is not None):
-            raise ValueError(
-                f"policy_loss.max_completion_length is {self.max_completion_length} with"
-                f" aggregation {self.aggregation!r}: 'constant' divides by it (set it to the data"
-                " module's sampling.max_new_tokens), and the others have no use for it"
-            )
-        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
-            raise ValueError(
-                f"policy_loss.clip_low is {self.clip_low} and clip_high {self.clip_high}; clip_low"
-                " must be in [0, 1] and clip_high at least 0"
-            )
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(
-                f"policy_loss.dual_clip is {self.dual_clip}; it must be more than 1 + clip_high"
-            )
-
-
-@dataclass
-class KLConfig:
-    """The penalty for leaving the reference model.
-
-    Args:
-        coef: its weight (beta); 0 needs no reference model.
-        placement: ``"loss"`` adds it to the loss of each token (GRPO), ``"reward"`` takes it off
-            the completion's reward before groups are compared (PPO's way).
-        estimator: ``"k1"``, ``"k2"`` or ``"k3"`` (joschu.net/blog/kl-approx.html); by default k3 in
-            the loss and k1 in the reward.
-    """
-
-    coef: float = 0.04
-    placement: Literal["loss", "reward"] = "loss"
-    estimator: Literal["k1", "k2", "k3"] | None = None
-
-    def __post_init__(self) -> None:
-        check_choices(self, "kl")
-        if self.coef < 0:
-            raise ValueError(f"kl.coef is {self.coef}; it must not be negative")
-        if self.estimator is None:
-            self.estimator = "k3" if self.placement == "loss" else "k1"
+from rlhf_lightning.types import RolloutBatch, SamplingParams, StepPlan
 
 
 class GRPOModule(PolicyGradientModule):
@@ -118,8 +40,8 @@ class GRPOModule(PolicyGradientModule):
 
     Each prompt is answered several times; what a completion earned above the mean of its group is
     the advantage of all its tokens, and the policy follows PPO's clipped surrogate. Options give
-    Dr.GRPO, leave-one-out baselines, clip-higher and sequence-level ratios. The defaults are the
-    paper's.
+    its relatives: Dr.GRPO, RLOO's baseline, DAPO, GSPO, CISPO (see ``recipes/grpo``). The defaults
+    are the paper's.
 
     Args:
         model: a hub name, a folder, a ``ModelConfig`` (or a mapping of its fields), or a model.
@@ -127,8 +49,15 @@ class GRPOModule(PolicyGradientModule):
         advantage: how a completion is compared with its group.
         policy_loss: the surrogate objective and how it is averaged.
         kl: the penalty for leaving the reference model.
+        reference: how the reference model follows the policy; by default it does not.
+        importance_sampling: how tokens are weighed where the engine's probabilities differ from the
+            trainer's. By default they are not: ``HFEngine`` samples from the very module that is
+            trained, with which it agrees up to rounding. Turn it on for an engine of its own, or
+            where ``sampling/sampling_logp_difference`` is not small.
         optimizer: called with the named parameter groups.
         lr_scheduler: called with the optimizer, and stepped after every optimizer step.
+        packing: lay the rows of a micro-batch end to end, and read a prompt that several rows share
+            once, instead of padding; the same log-probabilities up to rounding.
 
     Example::
 
@@ -146,14 +75,59 @@ class GRPOModule(PolicyGradientModule):
         advantage: AdvantageConfig | None = None,
         policy_loss: PolicyLossConfig | None = None,
         kl: KLConfig | None = None,
+        reference: ReferenceConfig | None = None,
+        importance_sampling: ImportanceSamplingConfig | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
+        packing: bool = True,
     ) -> None:
-        super().__init__(model, tokenizer, optimizer, lr_scheduler)
+        super().__init__(model, tokenizer, optimizer, lr_scheduler, packing)
         self.advantage = as_config(AdvantageConfig, advantage, "advantage")
         self.policy_loss = as_config(PolicyLossConfig, policy_loss, "policy_loss")
         self.kl = as_config(KLConfig, kl, "kl")
-        self.save_options(advantage=self.advantage, policy_loss=self.policy_loss, kl=self.kl)
+        self.reference = as_config(ReferenceConfig, reference, "reference")
+        self.importance_sampling = (
+            None
+            if importance_sampling is None
+            else as_config(ImportanceSamplingConfig, importance_sampling, "importance_sampling")
+        )
+        self._check_options()
+        self.save_options(
+            advantage=self.advantage,
+            policy_loss=self.policy_loss,
+            kl=self.kl,
+            reference=self.reference,
+            importance_sampling=self.importance_sampling,
+            packing=packing,
+        )
+
+    def _check_options(self) -> None:
+        """Refuse options of different groups that contradict each other."""
+        if self.reference.moves and self.kl.coef == 0:
+            raise ValueError(
+                f"reference is {self.reference} while kl.coef is 0: without a penalty there is no"
+                " reference model to move. Set kl.coef, or leave reference out"
+            )
+        if self.policy_loss.mask_truncated and self.kl.placement == "reward" and self.kl.coef:
+            raise ValueError(
+                "policy_loss.mask_truncated is on while kl.placement is 'reward': completions that"
+                " are not trained on would pay a penalty. Set kl.placement to 'loss'"
+            )
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Refuse groups of one, and probabilities that cannot be compared."""
+        super().check_sampling(sampling)
+        cut = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        used = [
+            f"{k}={getattr(sampling, k)}" for k, off in cut.items() if getattr(sampling, k) != off
+        ]
+        if self.importance_sampling is not None and used:
+            raise ValueError(
+                f"importance_sampling is on while sampling has {', '.join(used)}: the engine's"
+                " probabilities are then normalised over the tokens that it kept, the trainer's"
+                " over all of them, and every weight would contain the difference. Sample without"
+                " top_k, top_p and min_p, or leave importance_sampling out"
+            )
 
     def needs_reference(self) -> bool:
         """With a KL penalty."""
@@ -162,11 +136,14 @@ class GRPOModule(PolicyGradientModule):
     def make_experience(self, batch: RolloutBatch, plan: StepPlan) -> RolloutBatch:
         """Advantages of the rollouts, and the log-probabilities that the loss compares with."""
         assert self.policy is not None
+        self.move_reference(batch.policy_version)
+        trained = copy.copy(batch)
+        trained.loss_mask = self._trained_tokens(batch)
         penalised = self.kl.coef > 0 and self.kl.placement == "reward"
         if penalised or not self.single_update():
-            batch.old_logprobs = self.rollout_logprobs(self.policy, batch, plan)
+            batch.old_logprobs = self.rollout_logprobs(self.policy, trained, plan)
         if self.needs_reference():
-            batch.ref_logprobs = self.rollout_logprobs(self.frozen["reference"], batch, plan)
+            batch.ref_logprobs = self.rollout_logprobs(self.frozen["reference"], trained, plan)
         rewards, valid = total_rewards(batch.rewards, batch.reward_valid, batch.reward_weights)
         if penalised:
             kl = self._kl(batch.old_logprobs, batch)
@@ -182,6 +159,12 @@ class GRPOModule(PolicyGradientModule):
         )
         batch.advantages = advantages[:, None] * batch.loss_mask
         return batch
+
+    def _trained_tokens(self, batch: RolloutBatch) -> Tensor:
+        """``[B, T]`` the sampled tokens, but for completions that are left out of the loss."""
+        if not self.policy_loss.mask_truncated:
+            return batch.loss_mask
+        return batch.loss_mask & ~batch.truncated[:, None]
 
     def _kl(self, logprobs: Tensor | None, batch: RolloutBatch) -> Tensor:
         assert logprobs is not None
@@ -206,43 +189,92 @@ class GRPOModule(PolicyGradientModule):
     def loss_units(self, batch: RolloutBatch) -> Tensor:
         """``[B]`` what each completion adds to the loss denominator."""
         how = self.policy_loss
-        return loss_units(batch.loss_mask, how.aggregation, how.max_completion_length)
+        units = loss_units(batch.loss_mask, how.aggregation, how.max_completion_length)
+        return units.masked_fill(batch.truncated, 0) if how.mask_truncated else units
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        """The clipped surrogate of a micro-batch, plus the KL penalty (eq. 3 of the paper)."""
+        """The surrogate of a micro-batch, plus the KL penalty (eq. 3 of the paper)."""
         assert self.policy is not None
-        assert batch.advantages is not None
         assert batch.loss_denominator is not None
-        how = self.policy_loss
+        batch.loss_mask = self._trained_tokens(batch)
         logprobs, entropy = self.logprobs(self.policy, batch, with_entropy=True)
+        assert entropy is not None
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        surrogate = clipped_policy_loss(
-            logprobs,
-            old_logprobs,
-            batch.advantages,
-            batch.loss_mask,
+        surrogate = self._surrogate(logprobs, old_logprobs, batch)
+        per_token = surrogate.loss * self._engine_weights(old_logprobs, batch)
+        figures = {"entropy": entropy}
+        if batch.ref_logprobs is not None:
+            figures["kl"] = self._kl(logprobs, batch)
+            if self.kl.placement == "loss":
+                per_token = per_token + self.kl.coef * figures["kl"]
+        loss = self._aggregated(per_token, batch)
+        if self.policy_loss.entropy_coef:
+            self.phase_metrics.add("train/policy_loss", loss)
+            loss = loss - self.policy_loss.entropy_coef * self._aggregated(entropy, batch)
+        self.phase_metrics.add("train/loss", loss)
+        self.log_token_means(batch.loss_mask, figures)
+        self._log_clipping(surrogate, batch.loss_mask)
+        return loss
+
+    def _surrogate(
+        self, logprobs: Tensor, old_logprobs: Tensor, batch: RolloutBatch
+    ) -> PolicyLossOutput:
+        how = self.policy_loss
+        assert batch.advantages is not None
+        assert how.clip_low is not None
+        assert how.clip_high is not None
+        inputs = (logprobs, old_logprobs, batch.advantages, batch.loss_mask)
+        if how.objective == "cispo":
+            return clipped_weight_loss(*inputs, clip_low=how.clip_low, clip_high=how.clip_high)
+        return clipped_policy_loss(
+            *inputs,
             clip_low=how.clip_low,
             clip_high=how.clip_high,
             ratio_level=how.ratio,
             dual_clip=how.dual_clip,
         )
-        assert entropy is not None
-        figures = {
-            "entropy": entropy,
-            "clip_ratio/low_mean": surrogate.clipped_low,
-            "clip_ratio/high_mean": surrogate.clipped_high,
-            "clip_ratio/region_mean": surrogate.clipped_low | surrogate.clipped_high,
-            "sampling/sampling_logp_difference/mean": (old_logprobs - batch.rollout_logprobs).abs(),
-        }
-        per_token = surrogate.loss
-        if batch.ref_logprobs is not None:
-            kl = self._kl(logprobs, batch)
-            figures["kl"] = kl
-            if self.kl.placement == "loss":
-                per_token = per_token + self.kl.coef * kl
-        self.log_token_means(batch.loss_mask, figures)
-        loss = aggregate_loss(
-            per_token, batch.loss_mask, batch.loss_denominator, how.aggregation == "sequence"
+
+    def _aggregated(self, per_token: Tensor, batch: RolloutBatch) -> Tensor:
+        assert batch.loss_denominator is not None
+        per_sequence = self.policy_loss.aggregation == "sequence"
+        return aggregate_loss(per_token, batch.loss_mask, batch.loss_denominator, per_sequence)
+
+    def _engine_weights(self, old_logprobs: Tensor, batch: RolloutBatch) -> Tensor | float:
+        """``[B, T]`` weights for the difference between engine and trainer; log how large it is."""
+        difference = (old_logprobs - batch.rollout_logprobs).abs()
+        known = batch.loss_mask & ~batch.rollout_logprobs.isnan()
+        name = "sampling/sampling_logp_difference"
+        self.log_token_means(known, {f"{name}/mean": difference})
+        self.log_extreme(f"{name}/max", "max", difference, known)
+        missing = batch.loss_mask.sum() - known.sum()
+        self.phase_metrics.count("train/sampling/missing_logprobs", missing)
+        how = self.importance_sampling
+        if how is None:
+            return 1.0
+        found = importance_weights(
+            old_logprobs,
+            batch.rollout_logprobs,
+            batch.loss_mask,
+            mode=how.mode,
+            level=how.level,
+            cap=how.cap,
+            floor=how.floor,
         )
-        self.phase_metrics.add("train/loss", loss)
-        return loss
+        name = "sampling/importance_sampling_ratio"
+        means = {f"{name}/mean": found.ratio, f"{name}/out_of_bounds": found.out_of_bounds}
+        self.log_token_means(batch.loss_mask, means)
+        self.log_extreme(f"{name}/min", "min", found.ratio, batch.loss_mask)
+        self.log_extreme(f"{name}/max", "max", found.ratio, batch.loss_mask)
+        return found.weight
+
+    def _log_clipping(self, surrogate: PolicyLossOutput, loss_mask: Tensor) -> None:
+        """Shares of tokens, and of the completion with the least (low) and the most (high)."""
+        clipped = torch.stack([surrogate.clipped_low, surrogate.clipped_high]).sum(dim=2)
+        low, high = clipped.sum(dim=1)
+        lengths = loss_mask.sum(dim=1)
+        names = [f"train/clip_ratio/{name}_mean" for name in ("low", "high", "region")]
+        # a token is not clipped at both ends
+        self.phase_metrics.add_all(names, torch.stack([low, high, low + high]), lengths.sum())
+        shares = clipped / lengths.clamp(min=1)
+        self.log_extreme("clip_ratio/low_min", "min", shares[0], lengths > 0)
+        self.log_extreme("clip_ratio/high_max", "max", shares[1], lengths > 0)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.core.bookkeeping import in_the_middle_of_a_step
+from rlhf_lightning.core.distributed import sum_over_ranks, world_size
 from rlhf_lightning.core.module import BaseModule
-from rlhf_lightning.functional import aggregate_loss, masked_sum
+from rlhf_lightning.functional import TokenStatistics, aggregate_loss, masked_sum
 from rlhf_lightning.models.loading import ModelConfig
 from rlhf_lightning.types import SequenceBatch
+
+_SAVED = "num_tokens"
 
 
 class SFTModule(BaseModule):
@@ -19,11 +25,21 @@ class SFTModule(BaseModule):
     The loss of an optimizer step is the mean over all its marked tokens, however they are spread
     over micro-batches and processes.
 
+    Logged for each step, over all processes: ``train/loss``; ``train/mean_token_accuracy``, the
+    share of marked tokens that are the model's most likely one; ``train/num_tokens``, all tokens
+    (prompts included, padding not) since training began. Once an epoch: the first two over all its
+    marked tokens, as ``train/loss_epoch`` and ``train/mean_token_accuracy_epoch``. Of held-out
+    rows: ``eval/loss``, ``eval/mean_token_accuracy`` and ``eval/num_tokens``, the held-out tokens.
+
     Args:
         model: a hub name, a folder, a ``ModelConfig`` (or a mapping of its fields), or a model.
         tokenizer: the tokenizer of a ``model`` that was given as an object.
         optimizer: called with the named parameter groups. The default learning rate is TRL's.
         lr_scheduler: called with the optimizer, and stepped after every optimizer step.
+        packing: lay the rows of a micro-batch end to end, without padding. Rows do not see each
+            other, and the loss is the same.
+        log_entropy: also log ``entropy``, the mean entropy of the model's predictions of the marked
+            tokens, at the cost of another pass over the logits.
 
     Example::
 
@@ -39,35 +55,102 @@ class SFTModule(BaseModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
+        packing: bool = True,
+        log_entropy: bool = False,
     ) -> None:
-        super().__init__(model, tokenizer, optimizer, lr_scheduler)
-        self.save_options()
-        self._step_loss = torch.zeros(())
+        super().__init__(model, tokenizer, optimizer, lr_scheduler, packing)
+        self.save_options(packing=packing, log_entropy=log_entropy)
+        self.log_entropy = log_entropy
+        self._step: dict[str, Tensor] = {}
+        self._num_tokens = self._num_tokens_before_step = 0
+        self._counted_step = -1  # the last one whose tokens are in _num_tokens
+
+    def setup(self, stage: str) -> None:
+        """A new run counts its tokens from zero."""
+        super().setup(stage)
+        if stage == "fit":
+            self._step, self._counted_step = {}, -1
+            if self.trainer.global_step == 0:
+                self._num_tokens = self._num_tokens_before_step = 0
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of a micro-batch over the token count of its whole optimizer step."""
         assert batch.loss_denominator is not None
-        loss = aggregate_loss(-self._logprobs(batch), batch.loss_mask, batch.loss_denominator)
+        found = self._statistics(batch)
+        loss = aggregate_loss(-found.logprobs, batch.loss_mask, batch.loss_denominator)
+        totals, marked = self._totals(found, batch.loss_mask), batch.loss_mask.sum()
         self.phase_metrics.add("train/loss_epoch", loss)
-        self._step_loss = self._step_loss.to(loss.device) + loss.detach()
+        for name, total in totals.items():
+            self.phase_metrics.add(f"train/{name}_epoch", total, marked)
+        self._add_to_step(
+            {"loss": loss, "marked": marked, "num_tokens": batch.attention_mask.sum(), **totals}
+        )
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log ``train/loss``: the mean over all marked tokens of the step, on all ranks."""
-        loss = self._step_loss / self.trainer.accumulate_grad_batches
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self._step_loss = torch.zeros((), device=self.device)
+    def _add_to_step(self, totals: dict[str, Tensor]) -> None:
+        for name, total in totals.items():
+            value = total.detach().to(
+                torch.float32 if total.device.type == "mps" else torch.float64
+            )
+            self._step[name] = self._step[name] + value if name in self._step else value
 
-    def _logprobs(self, batch: SequenceBatch) -> Tensor:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the figures of the step, over all its tokens on all ranks."""
+        names = list(self._step)
+        sums = sum_over_ranks(torch.stack([*self._step.values()]), self.device)
+        total = dict(zip(names, sums.tolist(), strict=True))
+        self._step = {}
+        self._num_tokens_before_step = self._num_tokens
+        self._num_tokens += int(total.pop("num_tokens"))
+        self._counted_step = self.trainer.global_step
+        marked = max(total.pop("marked"), 1.0)
+        micro_batches = self.trainer.accumulate_grad_batches * world_size()
+        self.log("train/loss", total.pop("loss") / micro_batches, prog_bar=True)
+        for name, value in total.items():
+            self.log(f"train/{name}", value / marked)
+        self.log("train/num_tokens", float(self._num_tokens))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the count of tokens, without those of a step that a resumed run does again."""
+        super().on_save_checkpoint(checkpoint)
+        counted = self._counted_step == self.trainer.global_step
+        again = counted and in_the_middle_of_a_step(self.trainer)
+        checkpoint[_SAVED] = self._num_tokens_before_step if again else self._num_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on from there."""
+        super().on_load_checkpoint(checkpoint)
+        self._num_tokens = self._num_tokens_before_step = checkpoint[_SAVED]
+
+    def _statistics(self, batch: SequenceBatch) -> TokenStatistics:
         assert self.policy is not None
-        logprobs, _ = self.policy(batch.input_ids, batch.attention_mask, batch.loss_mask)
-        return logprobs
+        found: TokenStatistics = self.policy(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.loss_mask,
+            with_entropy=self.log_entropy,
+            with_accuracy=True,
+        )
+        return found
+
+    @staticmethod
+    def _totals(found: TokenStatistics, loss_mask: Tensor) -> dict[str, Tensor]:
+        """Sums over the marked tokens, by the name of their mean."""
+        assert found.correct is not None
+        totals = {"mean_token_accuracy": masked_sum(found.correct, loss_mask)}
+        if found.entropy is not None:
+            totals["entropy"] = masked_sum(found.entropy, loss_mask)
+        return totals
 
     def evaluation_step(self, batch: SequenceBatch) -> None:
-        """Count the cross-entropy of held-out tokens: ``loss`` is the mean over all of them."""
-        nll = masked_sum(-self._logprobs(batch), batch.loss_mask)
-        self.evaluation_metrics.add("loss", nll, batch.loss_mask.sum())
+        """Count the figures of held-out tokens: means over all of them."""
+        found, marked = self._statistics(batch), batch.loss_mask.sum()
+        totals = {"loss": masked_sum(-found.logprobs, batch.loss_mask)}
+        for name, total in {**totals, **self._totals(found, batch.loss_mask)}.items():
+            self.evaluation_metrics.add(name, total, marked)
+        counted = batch.loss_mask.any(dim=1)  # a row that only keeps ranks in step has none
+        self.evaluation_metrics.count("num_tokens", batch.attention_mask[counted].sum())
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """``[B, T]`` log-probabilities of the marked tokens, 0 elsewhere."""
-        return self._logprobs(batch)
+        return self._statistics(batch).logprobs

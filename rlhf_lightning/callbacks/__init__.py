@@ -3,6 +3,7 @@
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.callbacks.throughput import Throughput
+from rlhf_lightning.core.finite import FiniteGuard
 from rlhf_lightning.events import RolloutCallback
 
-__all__ = ["HFExport", "RolloutCallback", "SampleLogger", "Throughput"]
+__all__ = ["FiniteGuard", "HFExport", "RolloutCallback", "SampleLogger", "Throughput"]

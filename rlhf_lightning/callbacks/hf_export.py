@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.core.export import prepare_export
+from rlhf_lightning.core.finite import check_weights
 from rlhf_lightning.core.module import BaseModule
 
 
@@ -51,5 +52,6 @@ class HFExport(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, BaseModule)
         self._done = True
+        check_weights(pl_module.language_model, self.folder)  # on all ranks: none waits for ever
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             pl_module.export(self.folder)

@@ -43,7 +43,9 @@ class Throughput(RolloutCallback):
         metrics: dict[str, float],
     ) -> None:
         """Keep the times that the data module took, and count tokens."""
-        tokens = batch.loss_mask.sum().double()[None]
+        # all that were generated, those of groups that dynamic sampling dropped included
+        sampled = sum(sample["completion_length"] for sample in samples)
+        tokens = torch.tensor([float(sampled)], dtype=torch.float64)
         self._figures = {
             "rollout": metrics["time/rollout"],
             "experience": metrics["time/experience"],

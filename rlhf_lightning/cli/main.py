@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import NamedTuple
 
+from rlhf_lightning.cli.confidential import keep_secrets
+
 
 class Command(NamedTuple):
     """A subcommand.
@@ -25,10 +27,15 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "fit": Command("rlhf_lightning.cli.trainer", "train a module on a data module"),
-    "validate": Command("rlhf_lightning.cli.trainer", "evaluate it on held-out data"),
+    "validate": Command("rlhf_lightning.cli.trainer", "compute the figures of held-out data"),
     "test": Command("rlhf_lightning.cli.trainer", "the same, logged under test/"),
     "predict": Command("rlhf_lightning.cli.trainer", "answer held-out prompts"),
     "run": Command("rlhf_lightning.cli.run", "run the numbered stages of a recipe folder"),
+    "evaluate": Command("rlhf_lightning.cli.evaluate", "report on the validation set of a recipe"),
+    "generate": Command("rlhf_lightning.cli.generate", "write completions of prompts"),
+    "data": Command("rlhf_lightning.cli.data", "say what data sets are, and what is wrong in them"),
+    "export": Command("rlhf_lightning.cli.export", "write a checkpoint as a Hugging Face folder"),
+    "completion": Command("rlhf_lightning.cli.completion", "print a completion script for a shell"),
 }
 
 USAGE = """\
@@ -44,11 +51,19 @@ commands:
 examples:
   rlhf-lightning run recipes/quickstart
   rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --model.model.path my/model
+  rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --ckpt_path last
+  rlhf-lightning evaluate --config recipes/grpo/gsm8k.yaml --ckpt_path last --output evaluation
+  rlhf-lightning generate --ckpt checkpoints/last.ckpt --prompts test.jsonl --output answers.jsonl
+  rlhf-lightning export --ckpt checkpoints/last.ckpt --output my-model
+
+what can be set:
   rlhf-lightning fit --config recipes/grpo/gsm8k.yaml --print_config
   rlhf-lightning fit --model.help GRPOModule
   rlhf-lightning fit --model.help GRPOModule --model.policy_loss.help
+  rlhf-lightning fit ... --trainer.callbacks.ModelCheckpoint.every_n_train_steps 20
 
-Tracebacks of configuration errors: set RLHF_LIGHTNING_DEBUG=1.
+RLHF_LIGHTNING_DEBUG=1 shows tracebacks of refused options, RLHF_LIGHTNING_QUIET=1 hides the summary
+of a run before its start.
 A configuration file names classes and functions to call: run only files that you trust."""
 
 
@@ -78,4 +93,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if os.getcwd() not in sys.path:  # reward functions and classes of the user's own folder
         sys.path.append(os.getcwd())
+    keep_secrets()
     return int(import_module(COMMANDS[name].module).main(name, rest))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import re
 import sys
@@ -20,10 +19,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 import rlhf_lightning
+from rlhf_lightning.cli.arguments import debugging
 from rlhf_lightning.cli.messages import explain, hint
 from rlhf_lightning.cli.yaml_files import parse_yaml
 
-DEBUG = "RLHF_LIGHTNING_DEBUG"
 PARSER_MODE = "rlhf_lightning"
 
 
@@ -50,11 +49,6 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def debugging() -> bool:
-    """Whether the user asked for tracebacks of configuration errors."""
-    return os.environ.get(DEBUG, "") not in ("", "0")
-
-
 def class_names() -> set[str]:
     """Short names that a configuration may use: of this package, of Lightning and of torch."""
     bases: tuple[type, ...] = (
@@ -68,15 +62,16 @@ def class_names() -> set[str]:
     )
     names = set(public_classes())
     for base in bases:
-        names.update(name for name in _subclass_names(base) if not name.startswith("_"))
+        names.update(name for name in subclass_names(base) if not name.startswith("_"))
     return names
 
 
-def _subclass_names(base: type) -> Iterator[str]:
+def subclass_names(base: type) -> Iterator[str]:
+    """The names of a class and of all that derive from it."""
     yield base.__name__
     kinds: list[type] = base.__subclasses__()
     for kind in kinds:
-        yield from _subclass_names(kind)
+        yield from subclass_names(kind)
 
 
 def load_config(text: str) -> Any:

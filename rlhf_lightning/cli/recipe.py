@@ -28,6 +28,7 @@ import yaml
 
 from rlhf_lightning.cli.messages import nearest
 from rlhf_lightning.cli.yaml_files import parse_yaml, read_yaml
+from rlhf_lightning.io.secrets import secret_options
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 _STAGE_FILE = re.compile(r"(\d+)_[\w-]+\.ya?ml")
@@ -274,6 +275,11 @@ def _stage(
         return variables[name]
 
     config = substitute(config, look_up, keep=r"output|stages\..*")
+    for option in secret_options(config):
+        raise RecipeError(
+            f"{path}: {option} is named like a secret, and a recipe's configurations are copied to"
+            " its output. Give the name of an environment variable that holds it"
+        )
     substitute(config, lambda name: needs.append(_need(path, name, earlier)))
     needs = sorted({name for name in needs if name})
     identity = [command, config, {name: earlier[name].digest for name in needs}]

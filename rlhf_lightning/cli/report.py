@@ -8,32 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.recipe import Recipe
+from rlhf_lightning.cli.text import printable, table
 from rlhf_lightning.io.jsonl import read_jsonl
 
 SAMPLES = "samples.jsonl"
 _ROWS = 8
-_WIDTH = 48
-
-
-def printable(text: str, width: int = _WIDTH) -> str:
-    r"""Text of a model on one line of a terminal: control characters as escapes, cut to a width.
-
-    Example:
-        >>> printable("a\x1b[31mb\n")
-        'a\\x1b[31mb\\n'
-    """
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:width])
-    return shown if len(shown) <= width and len(text) <= width else shown[: width - 1] + "…"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns; the first row is the heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def last_samples(recipe: Recipe, output: Path) -> tuple[Path, list[dict[str, Any]]] | None:

@@ -7,8 +7,8 @@ One whose configuration has changed is run again, and its earlier output is put 
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeGuard
 
+from rlhf_lightning.cli.arguments import ArgumentParser
+from rlhf_lightning.cli.json_files import write_json
 from rlhf_lightning.cli.messages import nearest
 from rlhf_lightning.cli.recipe import Recipe, RecipeError, Stage, read_recipe
 from rlhf_lightning.cli.report import print_report
@@ -29,6 +31,11 @@ CONFIG = "recipe.yaml"
 SUMMARY = "summary.json"
 # What a kill in the first moment of a stage leaves in its folder.
 _PARTIAL = f".{MARKER}.partial"
+
+_EXAMPLES = """\
+  rlhf-lightning run recipes/quickstart
+  rlhf-lightning run recipes/quickstart --set seed=1 --output outputs/quickstart-1
+  rlhf-lightning run recipes/quickstart --set 3_grpo.trainer.max_epochs=20 --output outputs/try"""
 
 Execute = Callable[[str, Path, bool], dict[str, float]]
 """Runs a command on a configuration file, resuming or not, and returns the final metrics."""
@@ -59,7 +66,10 @@ class Marker:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            marker = cls(**json.loads(path.read_text(encoding="utf-8")))
+            # JSON has no NaN, so a figure that was none stands there as null
+            marker.metrics = {k: math.nan if v is None else v for k, v in marker.metrics.items()}
+            return marker
         except (ValueError, TypeError) as error:
             raise RecipeError(
                 f"{path}: this is no stage marker ({error}). Remove {folder}"
@@ -69,13 +79,6 @@ class Marker:
         """Replace the marker in a stage's folder."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / MARKER, asdict(self))
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is there complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def run_recipe(
@@ -201,12 +204,13 @@ def _execute(command: str, config: Path, resume: bool) -> dict[str, float]:
     return execute(command, config, resume)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rlhf-lightning run",
-        description="Run the numbered stages of a recipe folder. Finished stages are skipped, an"
-        " interrupted one goes on from its last checkpoint.",
-        allow_abbrev=False,
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parser = ArgumentParser(
+        "run",
+        "Run the numbered stages of a recipe folder. Finished stages are skipped, an interrupted"
+        "\none goes on from its last checkpoint.",
+        _EXAMPLES,
     )
     parser.add_argument("recipe", type=Path, help="the folder with 1_name.yaml, 2_name.yaml, ...")
     parser.add_argument(
@@ -226,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(command: str, arguments: Sequence[str]) -> int:
     """Entry point of ``run``."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     output = options.output or Path("outputs") / options.recipe.resolve().name
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

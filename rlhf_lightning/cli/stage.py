@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,15 +32,13 @@ def check_stages(stages: Sequence[Stage], output: Path) -> None:
     Raises:
         SystemExit: with status 2, after one message.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        for stage in stages:
-            path = Path(folder) / f"{stage.name}.yaml"
-            path.write_text(dump_yaml(stage.at(output)), encoding="utf-8")
-            try:
-                RLHFCLI([stage.command, "--config", str(path)], check_only=True)
-            except SystemExit:
-                sys.stderr.write(f"(in stage {stage.name})\n")
-                raise
+    for stage in stages:
+        text = dump_yaml(stage.at(output))  # not by way of a file: a full /tmp stops nobody
+        try:
+            RLHFCLI([stage.command, "--config", text], check_only=True)
+        except SystemExit:
+            sys.stderr.write(f"(in stage {stage.name})\n")
+            raise
 
 
 def execute(command: str, config: Path, resume: bool) -> dict[str, float]:

@@ -7,77 +7,35 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rlhf_lightning.cli.arguments import DEBUG, debugging, refuse
+from rlhf_lightning.cli.callback_options import take_addressed, with_addressed
+from rlhf_lightning.cli.confidential import print_traceback
 from rlhf_lightning.cli.messages import root
-from rlhf_lightning.cli.parser import (
-    DEBUG,
-    PARSER_MODE,
-    Parser,
-    debugging,
-    expand_rewards,
-    public_classes,
-)
+from rlhf_lightning.cli.parser import PARSER_MODE, Parser, expand_rewards, public_classes
 from rlhf_lightning.cli.quiet import quieten
-from rlhf_lightning.cli.yaml_files import read_yaml
+from rlhf_lightning.cli.saved_config import SaveConfig, check_nothing_is_redacted
+from rlhf_lightning.cli.start import StartSummary
+from rlhf_lightning.core.graceful_stop import default_folder, given_folder
+from rlhf_lightning.core.watchdog import Watchdog
 from rlhf_lightning.events import RolloutCallback
+from rlhf_lightning.io.secrets import redact_text
 from rlhf_lightning.rewards import RewardError
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # A phase has few optimizer steps; Lightning's interval of 50 would miss most of them.
     "log_every_n_steps": 1,
     "default_root_dir": "outputs",
+    "enable_model_summary": False,  # StartSummary says what there is to say
 }
 _SPECIAL_CHECKPOINTS = ("last", "best", "hpc", "registry")
 _REFUSALS = (ValueError, OSError, MisconfigurationException, ModuleNotFoundError)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` beside the logs, replacing the one of an earlier run.
-
-    Where a run goes on from a checkpoint, it first says which options are not those of that file.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the configuration, unless it would land in the working directory."""
-        if stage != "fit":  # or it would replace the record of how the model was trained
-            return
-        if not trainer.loggers and Path(trainer.default_root_dir).resolve() == Path.cwd():
-            return
-        earlier = Path(trainer.log_dir or "") / self.config_filename
-        if self.config.get("ckpt_path") and not self.already_saved and earlier.is_file():
-            self._report_changes(earlier)
-        super().setup(trainer, pl_module, stage)
-
-    def _report_changes(self, earlier: Path) -> None:
-        before = _flat(read_yaml(earlier))
-        now = _flat(yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml")))
-        changes = [
-            f"  {key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}"
-            for key in sorted({*before, *now} - {"ckpt_path"})
-            if before.get(key) != now.get(key)
-        ]
-        if changes:
-            listed = "\n".join(changes)
-            rank_zero_info(f"Going on from a checkpoint with other options ({earlier}):\n{listed}")
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping with dotted keys."""
-    items = enumerate(config) if isinstance(config, list) else config.items()
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        if isinstance(value, (dict, list)):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 class ComputeStarted(RolloutCallback):
@@ -85,6 +43,19 @@ class ComputeStarted(RolloutCallback):
 
     def __init__(self) -> None:
         self.started = False
+        self._watchdogs: list[Watchdog] = []
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remember who will know which process was the first to fail."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._watchdogs = [callback for callback in callbacks if isinstance(callback, Watchdog)]
+
+    @property
+    def blames_another(self) -> bool:
+        """Whether another process says what has ended the run."""
+        return any(watchdog.blames_another for watchdog in self._watchdogs)
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule, phase: int) -> None:
         """Rollouts come before the first batch."""
@@ -130,6 +101,23 @@ class ComputeStarted(RolloutCallback):
         self.started = True
 
 
+class NeedsCheckpoint(Callback):
+    """Refuses ``--ckpt_path last`` where there is none, which Lightning passes over.
+
+    A ``fit`` may start without one; an evaluation would be one of the weights before training.
+    """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :class:`NeedsCheckpoint`."""
+        if trainer.ckpt_path is None:
+            raise ValueError(
+                "ckpt_path is 'last', and no ModelCheckpoint of this configuration has left one."
+                " Give the path of a checkpoint, or leave ckpt_path out"
+            )
+
+    on_test_start = on_predict_start = on_validation_start
+
+
 class RLHFCLI(LightningCLI):
     """Lightning's command line: modules and data modules by name, and flags that always win.
 
@@ -151,7 +139,6 @@ class RLHFCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": list(callbacks)},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": PARSER_MODE, "prog": "rlhf-lightning"},
@@ -165,7 +152,12 @@ class RLHFCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse. Unlike Lightning's, without a warning that ``sys.argv`` has arguments as well."""
-        self.config = parser.parse_args(args)
+        arguments, addressed = take_addressed(args)
+        self.config = parser.parse_args(arguments)
+        if addressed:
+            listed = self.config[self.config.subcommand].trainer.callbacks
+            self.config = parser.parse_args([*arguments, with_addressed(listed, addressed)])
+        check_nothing_is_redacted(self.config)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -187,6 +179,23 @@ class RLHFCLI(LightningCLI):
         if local and not Path(path).exists():
             raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path!r}")
 
+    def before_fit(self) -> None:
+        """Let ``last`` find what a stopped run has left where no folder for checkpoints is given.
+
+        Lightning looks beside the logs then, whose folder is another one in every run.
+        """
+        options = self.config_init["fit"]
+        left = Path(default_folder(self.trainer), "last.ckpt")
+        if options.get("ckpt_path") == "last" and not given_folder(self.trainer) and left.is_file():
+            options["ckpt_path"] = str(left)
+
+    def before_validate(self) -> None:
+        """Evaluate the weights that were asked for, or none."""
+        if self.config[self.config.subcommand].get("ckpt_path"):
+            self.trainer.callbacks.append(NeedsCheckpoint())  # type: ignore[attr-defined]
+
+    before_test = before_predict = before_validate
+
     def _set_seed(self) -> None:
         if not self.check_only:
             super()._set_seed()
@@ -201,11 +210,12 @@ class RLHFCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
 
-def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
+def run_trainer(arguments: Sequence[str], callbacks: Sequence[Callback] = ()) -> RLHFCLI:
     """Run a Trainer command.
 
     Args:
         arguments: the command and its options.
+        callbacks: added to the trainer's.
 
     Raises:
         SystemExit: with status 2 and one message for a mistake in the options, or one that a
@@ -214,29 +224,23 @@ def run_trainer(arguments: Sequence[str]) -> RLHFCLI:
     quieten()
     compute = ComputeStarted()
     try:
-        return RLHFCLI(arguments, callbacks=[compute])
+        return RLHFCLI(arguments, callbacks=[compute, StartSummary(), *callbacks])
     except SIGTERMException as error:  # Lightning's has no exit status, which would mean success
-        raise SystemExit(128 + signal.SIGTERM) from error
+        raise SystemExit(error.code or 128 + signal.SIGTERM) from error
     except RewardError as error:  # it names function and sample; the frames that matter are theirs
         if debugging():
             raise
+        if compute.blames_another:
+            raise SystemExit(1) from error
         if error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        sys.stderr.write(f"error: {error}\n(the traceback: {DEBUG}=1)\n")
+            print_traceback(error.__cause__)
+        sys.stderr.write(redact_text(f"error: {error}\n(the traceback: {DEBUG}=1)\n"))
         raise SystemExit(1) from error
     except (*_REFUSALS, TypeError) as error:
         cause = root(error)
         if debugging() or compute.started or not _is_refusal(cause):
             raise
-        refuse(cause)
-
-
-def refuse(error: BaseException) -> NoReturn:
-    """Say what is wrong and exit with status 2."""
-    rank = getattr(rank_zero_only, "rank", 0)
-    who = f"error (process {rank})" if rank else "error"
-    sys.stderr.write(f"{who}: {error}\n(the traceback: {DEBUG}=1)\n")
-    raise SystemExit(2) from error
+        refuse(cause, getattr(rank_zero_only, "rank", 0))
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from rlhf_lightning.core.reading import read_checkpoint
+from rlhf_lightning.io.disk import cannot_write
+
 _PARTIAL = ".partial-checkpoint-"
+_INTACT = "An earlier checkpoint of this name is intact."
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -53,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 prefix=f"{_PARTIAL}{_host()}-{os.getpid()}-", dir=target.parent
             )
         except OSError as error:
-            raise _cannot_write(target, 0, error) from error
+            raise cannot_write(target, error, 0, _INTACT) from error
         try:
             self._write(checkpoint, handle, name, target)
         except BaseException:
@@ -77,7 +80,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _sync_directory(target.parent)
         except (OSError, RuntimeError) as error:
             # on a full disk torch reports a RuntimeError about an unexpected position
-            raise _cannot_write(target, written, error) from error
+            raise cannot_write(target, error, written, _INTACT) from error
 
     def _check_readable(self, name: str, target: Path) -> None:
         """Once per run: what was written can be read back without unpickling code."""
@@ -110,28 +113,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint: tensors and plain values only, whatever ``weights_only`` says.
 
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, is no checkpoint or holds code, or is a web address.
+        See :func:`rlhf_lightning.core.reading.read_checkpoint`.
         """
-        if str(path).startswith(("http://", "https://")):
-            raise ValueError(f"{path}: checkpoints are not read from the web. Download it first")
-        if "://" not in str(path) and not Path(path).exists():
-            raise FileNotFoundError(f"{path}: there is no such checkpoint")
-        try:
-            return super().load_checkpoint(path, map_location, weights_only=True)
-        except UnpicklingError as error:
-            raise ValueError(
-                f"{path}: refused, because it is no checkpoint or holds more than tensors and plain"
-                f" values, which could run code when loaded ({_first_line(error)})"
-            ) from error
-        except PermissionError:
-            raise
-        except (RuntimeError, EOFError, KeyError, OSError) as error:
-            raise ValueError(
-                f"{path}: this checkpoint is damaged or incomplete ({_first_line(error)})."
-                " Resume from an older one"
-            ) from error
+        return read_checkpoint(path, map_location)
 
 
 def _first_line(error: BaseException) -> str:
@@ -167,13 +151,3 @@ def _sync_directory(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _cannot_write(target: Path, written: int, error: BaseException) -> OSError:
-    folder = next(p for p in (target.parent, *target.parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    return OSError(
-        f"{target}: the checkpoint could not be written ({_first_line(error)}); {written:,} bytes"
-        f" were written and {free:,} bytes are free there. An earlier checkpoint of this name is"
-        " intact. Free some space, or point the checkpoint folder elsewhere"
-    )

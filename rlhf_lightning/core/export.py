@@ -7,9 +7,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.checkpoint import current_umask
+from rlhf_lightning.core.finite import check_weights
+from rlhf_lightning.io.disk import cannot_write
 
 MARKER = ".rlhf_lightning_export.json"
 """Names the files of an export, so that nothing else is ever replaced by one."""
@@ -55,9 +58,12 @@ def export_pretrained(
 
     Raises:
         FileExistsError: if the folder holds anything but an earlier export.
+        FloatingPointError: if a weight is not finite.
+        OSError: naming the folder and the room that is left, if it could not be written.
     """
     folder = folder.absolute()
     prepare_export(folder)
+    check_weights(model, folder)
     partial = Path(tempfile.mkdtemp(prefix=f".export-{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(partial)
@@ -71,6 +77,8 @@ def export_pretrained(
             folder.rename(earlier)
         partial.rename(folder)
         shutil.rmtree(earlier, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error, intact="An earlier export is intact.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,12 +25,19 @@ class PhaseMetrics:
         self._sums: dict[str, tuple[Any, Any]] = {}
         self._counts: dict[str, Any] = {}
         self._extremes: dict[str, tuple[str, Any]] = {}
+        self._marked: PhaseMetrics | None = None
 
     def add(self, name: str, total: Number, count: Number = 1) -> None:
         """Add ``count`` observations that sum up to ``total`` to the mean called ``name``."""
         total, count = _detached(total), _detached(count)
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + total, old_count + count)
+
+    def add_all(self, names: Iterable[str], totals: Tensor, count: Number) -> None:
+        """The same for several means at once, whose ``totals`` are ``[K]`` for K names."""
+        count = _detached(count)
+        for name, total in zip(names, _detached(totals).unbind(), strict=True):
+            self.add(name, total, count)
 
     def count(self, name: str, number: Number) -> None:
         """Add to a plain count (of timeouts, say), summed over the phase and the ranks."""
@@ -44,12 +53,16 @@ class PhaseMetrics:
             self.extreme(prefix + name, value, kind)
 
     def extreme(self, name: str, value: Number, kind: str) -> None:
-        """Keep the smallest (``kind="min"``) or largest (``"max"``) value under ``name``."""
-        new = _detached(value)
+        """Keep the smallest (``kind="min"``) or largest (``"max"``) value under ``name``.
+
+        That of nothing is ``inf`` or ``-inf``, and left out of the figures.
+        """
+        new = torch.as_tensor(_detached(value), dtype=torch.float64)
         old = self._extremes.get(name, (kind, new))[1]
-        # an arithmetic choice: a comparison in Python would wait for the device
-        keep_old = (old < new) if kind == "min" else (old > new)
-        self._extremes[name] = (kind, keep_old * old + (1 - 1 * keep_old) * new)
+        # a choice on the device: a comparison in Python would wait for it
+        keep = torch.minimum if kind == "min" else torch.maximum
+        old = torch.as_tensor(old, dtype=torch.float64, device=new.device)
+        self._extremes[name] = (kind, keep(old, new))
 
     def compute(self) -> dict[str, float]:
         """The figures over all ranks. A mean without observations is left out."""
@@ -64,6 +77,7 @@ class PhaseMetrics:
         self._sums.clear()
         self._counts.clear()
         self._extremes.clear()
+        self._marked = None
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's figures, as plain numbers."""
@@ -75,12 +89,21 @@ class PhaseMetrics:
             "extremes": {k: [kind, float(v)] for k, (kind, v) in self._extremes.items()},
         }
 
-    def snapshot(self) -> PhaseMetrics:
-        """The figures as they are now (no tensor is copied: none is ever changed in place)."""
-        copy = PhaseMetrics()
-        copy._sums, copy._counts = dict(self._sums), dict(self._counts)
-        copy._extremes = dict(self._extremes)
-        return copy
+    def mark(self) -> None:
+        """Remember the figures as they are now: an optimizer step begins, and may come to nothing.
+
+        No tensor is copied, for none is ever changed in place.
+        """
+        self._marked = PhaseMetrics()
+        self._marked._take(self)
+
+    def rewind(self) -> None:
+        """Forget what was added since the last mark (everything, if there is none)."""
+        self._take(self._marked or PhaseMetrics())
+
+    def _take(self, other: PhaseMetrics) -> None:
+        self._sums, self._counts = dict(other._sums), dict(other._counts)
+        self._extremes = dict(other._extremes)
 
     def discard(self, prefix: str) -> None:
         """Forget the figures whose names begin with ``prefix``."""
@@ -88,9 +111,14 @@ class PhaseMetrics:
             for name in [name for name in figures if name.startswith(prefix)]:
                 del figures[name]
 
-    def gathered_state(self) -> dict[str, Any]:
-        """Every rank's figures, for a checkpoint that rank 0 writes."""
-        return {"ranks": gather_objects(self.state_dict())}
+    def gathered_state(self, at_mark: bool = False) -> dict[str, Any]:
+        """Every rank's figures, for a checkpoint that rank 0 writes.
+
+        Args:
+            at_mark: as they were at the last mark, for a step that a resumed run does again.
+        """
+        figures = (self._marked or self) if at_mark else self
+        return {"ranks": gather_objects(figures.state_dict())}
 
     def load_gathered_state(self, state: dict[str, Any]) -> None:
         """Take this rank's figures out of a checkpoint (none, if it had fewer ranks)."""
@@ -115,8 +143,9 @@ def _figures(states: list[dict[str, Any]]) -> dict[str, float]:
         for name, number in state["counts"].items():
             figures[name] = figures.get(name, 0.0) + number
         for name, (kind, value) in state["extremes"].items():
-            pick = min if kind == "min" else max
-            figures[name] = pick(value, figures.get(name, value))
+            pick, nothing = (min, math.inf) if kind == "min" else (max, -math.inf)
+            if value != nothing:
+                figures[name] = pick(value, figures.get(name, value))
     return {name: total / count for name, (total, count) in sums.items() if count} | figures
 
 
@@ -124,5 +153,5 @@ def _detached(value: Number) -> Any:
     """As float64, like Python's numbers: a figure that is saved and restored stays the same."""
     if not isinstance(value, Tensor):
         return float(value)
-    value = value.detach()
+    value = value.detach() if value.requires_grad else value
     return (value.cpu() if value.device.type == "mps" else value).to(torch.float64)

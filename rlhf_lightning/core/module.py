@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,12 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.core.bookkeeping import Bookkeeper
 from rlhf_lightning.core.checkpoint import AtomicCheckpointIO
 from rlhf_lightning.core.config import as_config, as_primitives
+from rlhf_lightning.core.continuing import check_weights_fit, check_whole, load_module
 from rlhf_lightning.core.distributed import world_size
 from rlhf_lightning.core.export import export_pretrained
+from rlhf_lightning.core.finite import FiniteGuard, check_checkpoint
 from rlhf_lightning.core.frozen import FrozenModels
+from rlhf_lightning.core.graceful_stop import GracefulStop
 from rlhf_lightning.core.metrics import PhaseMetrics
 from rlhf_lightning.core.progress import RolloutProgress
 from rlhf_lightning.core.rng import RNGState
+from rlhf_lightning.core.watchdog import Watchdog
+from rlhf_lightning.io.secrets import redact
 from rlhf_lightning.models.loading import (
     ModelConfig,
     load_causal_lm,
@@ -45,6 +51,8 @@ class BaseModule(LightningModule):
         tokenizer: the tokenizer of a ``model`` that was given as an object.
         optimizer: called with the named parameter groups.
         lr_scheduler: called with the optimizer, and stepped after every optimizer step.
+        packing: lay ragged rows end to end inside the model, and read a prompt that rows share once
+            (see :class:`rlhf_lightning.models.policy.CausalPolicy`).
     """
 
     algorithm: str
@@ -59,6 +67,7 @@ class BaseModule(LightningModule):
         tokenizer: PreTrainedTokenizerBase | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
+        packing: bool = True,
     ) -> None:
         super().__init__()
         self.model_config: ModelConfig | None = None
@@ -75,6 +84,7 @@ class BaseModule(LightningModule):
         self._tokenizer = tokenizer
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
+        self.packing = packing
         self.policy: CausalPolicy | None = None
         self.frozen = FrozenModels()
         self.phase_metrics = PhaseMetrics()
@@ -84,6 +94,11 @@ class BaseModule(LightningModule):
         """Record constructor options with the checkpoint, as plain values only."""
         config = {} if self.model_config is None else {"model": self.model_config}
         self.save_hyperparameters(as_primitives({**config, **options}), logger=False)
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """What loggers save of the options: without secrets."""
+        return AttributeDict(redact(super().hparams_initial))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -113,7 +128,7 @@ class BaseModule(LightningModule):
         else:
             assert self.model_config is not None
             model = load_causal_lm(self.model_config, self.tokenizer)
-        self.policy = CausalPolicy(model)
+        self.policy = CausalPolicy(model, packing=self.packing)
         self.build_frozen_models()
 
     def build_frozen_models(self) -> None:
@@ -134,8 +149,11 @@ class BaseModule(LightningModule):
                 f"{type(self).__name__}.configure_callbacks() leaves out the callbacks of its base:"
                 " begin its list with *super().configure_callbacks()"
             )
-        # first, so that other callbacks find a phase's figures when it ends
-        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Bookkeeper))
+        # Random state first: what the others do when a run resumes may draw from it. Bookkeeper
+        # next, so that other callbacks find a phase's figures when it ends. GracefulStop last, so
+        # that a step is whole to all of them when it stops there.
+        order = {RNGState: -2, Bookkeeper: -1, GracefulStop: 1}
+        trainer.callbacks.sort(key=lambda callback: order.get(type(callback), 0))
         if stage == "fit" and trainer.precision_plugin.precision == "bf16-true":
             rank_zero_warn(
                 "precision bf16-true keeps the weights in bfloat16, where updates at the learning"
@@ -145,8 +163,10 @@ class BaseModule(LightningModule):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def configure_callbacks(self) -> list[Callback]:
-        """What belongs to every run: random state, figures of a phase, rollouts on the bar."""
-        return [RNGState(), Bookkeeper(), RolloutProgress()]
+        """What every run has: random state, figures, finite numbers, a bar, ways to end well."""
+        given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        guard = [] if any(isinstance(c, FiniteGuard) for c in given) else [FiniteGuard()]
+        return [RNGState(), Bookkeeper(), *guard, RolloutProgress(), Watchdog(), GracefulStop()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over named parameter groups; the schedule moves with optimizer steps."""
@@ -209,8 +229,15 @@ class BaseModule(LightningModule):
         self.log_means(self.evaluation_metrics, "test/")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mark the checkpoint with the algorithm."""
-        checkpoint[_CHECKPOINT_KEY] = {"algorithm": self.algorithm}
+        """Refuse weights that are not finite, take secrets out, and mark the algorithm."""
+        check_checkpoint(checkpoint, {name for name, _ in self.named_parameters()})
+        for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+            if key in checkpoint:
+                checkpoint[key] = redact(checkpoint[key])
+        checkpoint[_CHECKPOINT_KEY] = {
+            "algorithm": self.algorithm,
+            "chat_template": self.tokenizer.chat_template,  # may come from the data module
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another algorithm.
@@ -228,23 +255,28 @@ class BaseModule(LightningModule):
                 " continue it. To start from its weights, export them (HFExport) and give the"
                 " folder as model"
             )
+        check_weights_fit(checkpoint, self)
+        check_whole(checkpoint, self)
 
     @classmethod
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | Path | IO,
+        checkpoint_path: str | Path,  # type: ignore[override]
         map_location: Any = None,
         hparams_file: Any = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Lightning's ``load_from_checkpoint``, but it never unpickles code and reads no URL."""
-        if str(checkpoint_path).startswith(("http://", "https://")):
-            raise ValueError(f"{checkpoint_path}: checkpoints are not read from the web")
-        return super().load_from_checkpoint(
-            checkpoint_path, map_location, hparams_file, strict, weights_only=True, **kwargs
-        )
+        """A module with a checkpoint's options and weights, on the CPU by default.
+
+        The file is read as tensors and plain values only, and nothing that it names is imported:
+        what was given as a class (an optimizer, a schedule) has its default again. Keywords replace
+        options. ``weights_only`` is always on, and ``hparams_file`` is not supported.
+        """
+        if hparams_file is not None:
+            raise ValueError("hparams_file is not supported: give the options as keywords")
+        return load_module(cls, checkpoint_path, map_location or "cpu", strict, kwargs)
 
     def export(self, folder: str | Path) -> None:
         """Write the model and its tokenizer as a Hugging Face folder (safetensors).

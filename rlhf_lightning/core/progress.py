@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,6 +22,7 @@ class RolloutProgress(RolloutCallback):
     def __init__(self) -> None:
         self._phase = 0
         self._before: tuple[Any, Any, Any] | None = None
+        self._next_refresh = 0.0
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule, phase: int) -> None:
         """Remember what the bar shows."""
@@ -36,8 +38,11 @@ class RolloutProgress(RolloutCallback):
     def on_rollout_progress(
         self, trainer: Trainer, pl_module: LightningModule, done: int, total: int
     ) -> None:
-        """Move it."""
-        self._show(trainer, f"Phase {self._phase} rollouts", total, done)
+        """Move it; drawing it takes longer than a token, so that is done ten times a second."""
+        refresh = done == total or time.monotonic() >= self._next_refresh
+        self._show(trainer, f"Phase {self._phase} rollouts", total, done, refresh)
+        if refresh:
+            self._next_refresh = time.monotonic() + 0.1
 
     def on_rollout_end(
         self,
@@ -52,15 +57,19 @@ class RolloutProgress(RolloutCallback):
             self._show(trainer, *self._before)
         self._before = None
 
-    def _show(self, trainer: Trainer, description: str, total: Any, done: Any) -> None:
+    def _show(
+        self, trainer: Trainer, description: str, total: Any, done: Any, refresh: bool = True
+    ) -> None:
         bar = trainer.progress_bar_callback
         if self._before is None:
             return
         if isinstance(bar, TQDMProgressBar):
             shown = bar.train_progress_bar
             shown.desc, shown.total, shown.n = description, total, done
-            shown.refresh()
+            if refresh:
+                shown.refresh()
         elif isinstance(bar, RichProgressBar):
             task = bar.train_progress_bar
             task.description, task.total, task.completed = description, total, done
-            bar.refresh()
+            if refresh:
+                bar.refresh()

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.core.bookkeeping import unfinished_micro_batches
+from rlhf_lightning.core.bookkeeping import in_the_middle_of_a_step
 from rlhf_lightning.core.distributed import gather_objects, rank
 
 
-def _capture() -> dict[str, Any]:
+def capture_random_state() -> dict[str, Any]:
     """The state of every generator, as tensors and primitives (``weights_only`` can load them)."""
     numpy_state: Any = np.random.get_state(legacy=True)
     name, keys, position, has_gauss, gauss = numpy_state
@@ -34,7 +34,8 @@ def _capture() -> dict[str, Any]:
     return state
 
 
-def _restore(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put every generator into a captured state."""
     torch.set_rng_state(state["torch"].cpu())
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
@@ -62,22 +63,21 @@ class RNGState(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks (only rank 0's dictionary reaches the file).
 
-        In the middle of an accumulated step, which a resumed run does again, those at its start.
+        In the middle of an optimizer step, which a resumed run does again, those at its start.
         """
         if self._restored is not None:  # not in use yet
             return {"ranks": self._restored}
         state = None
-        if self._trainer is not None and unfinished_micro_batches(self._trainer):
+        if self._trainer is not None and in_the_middle_of_a_step(self._trainer):
             state = self._step_start
-        return {"ranks": gather_objects(state or _capture())}
+        return {"ranks": gather_objects(state or capture_random_state())}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the states at the start of an accumulated step."""
-        accumulate = trainer.accumulate_grad_batches
-        if accumulate > 1 and batch_idx % accumulate == 0:
-            self._step_start = _capture()
+        """Remember the states at the start of an optimizer step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._step_start = capture_random_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the states; they are set when training starts, after the sanity check."""
@@ -86,5 +86,5 @@ class RNGState(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue this rank's streams where the checkpoint left them."""
         if self._restored is not None and rank() < len(self._restored):
-            _restore(self._restored[rank()])
+            restore_random_state(self._restored[rank()])
         self._restored = None

@@ -23,14 +23,10 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from rlhf_lightning.core.config import check_choices
 from rlhf_lightning.data.template_probe import probe_template
-from rlhf_lightning.data.tokens import (
-    check_text,
-    encode_continuations,
-    encode_texts,
-    kind_of,
-    special_tokens,
-)
+from rlhf_lightning.data.text_encoder import TextEncoder
+from rlhf_lightning.data.tokens import check_text, kind_of, special_tokens
 
 Message = dict[str, Any]
 
@@ -47,19 +43,17 @@ class ChatOptions:
             row's own column ``chat_template_kwargs`` goes before them.
         special_tokens: what to do with a row whose text spells a special token of the tokenizer,
             such as ``<|im_end|>`` inside a user's message, which would become the real control
-            token: ``"error"``; ``"drop"`` the row and count it; ``"allow"``, for rows that were
-            rendered beforehand and come from a trusted source.
+            token: ``"inert"`` encodes it as the plain characters that were written, and counts the
+            row; ``"error"`` refuses the row; ``"drop"`` leaves it out and counts it; ``"allow"``
+            lets it act, for rows that were rendered beforehand and come from a trusted source.
     """
 
     template: str | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    special_tokens: Literal["error", "drop", "allow"] = "error"
+    special_tokens: Literal["inert", "error", "drop", "allow"] = "inert"
 
     def __post_init__(self) -> None:
-        if self.special_tokens not in ("error", "drop", "allow"):
-            raise ValueError(
-                f"chat.special_tokens is {self.special_tokens!r}; it must be error, drop or allow"
-            )
+        check_choices(self, "chat")
         check_template_kwargs(self.template_kwargs, "chat.template_kwargs")
         if self.template is not None and "{" not in self.template:
             path = Path(self.template)
@@ -113,6 +107,10 @@ class Conversation:
         kwargs = row.get("chat_template_kwargs") or {}
         check_template_kwargs(kwargs, f"{where}: its column chat_template_kwargs")
         return cls(check_messages(messages, where), where, tools, kwargs)
+
+    def content(self) -> tuple[list[Message], list[Any] | None, dict[str, Any]]:
+        """All that the row hands to the template: messages, tools and variables."""
+        return self.messages, self.tools, self.template_kwargs
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:
@@ -170,6 +168,7 @@ class ChatRenderer:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         self.name = f"the chat template of {name}" if options.template is None else "chat.template"
         self.special_ids = frozenset(special_tokens(tokenizer).values())
+        self.encoder = TextEncoder(tokenizer, inert=options.special_tokens == "inert")
 
     def check(self, tools: list[Any] | None = None) -> None:
         """Refuse a missing, broken, endless or bloated template before it meets a row.
@@ -190,7 +189,7 @@ class ChatRenderer:
         return self.tokenizer.get_chat_template(self.options.template, tools)
 
     def render(self, chat: Conversation, stop: int | None = None, *, generate: bool = False) -> str:
-        """The text of ``chat.messages[:stop]``.
+        """The text of ``chat.messages[:stop]``, fit for ``self.encoder``.
 
         Args:
             chat: the conversation.
@@ -209,20 +208,29 @@ class ChatRenderer:
         return self.render(chat, generate=True)
 
     def _apply(self, chat: Conversation, messages: list[Message], **how: Any) -> str:
-        with self._naming_errors(chat):
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=chat.tools,
-                    chat_template=self.options.template,
-                    tokenize=False,
-                    **how,
-                    **self._variables(chat),
-                )
+        def apply(messages: list[Message], tools: Any, variables: dict[str, Any]) -> str:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self.options.template,
+                tokenize=False,
+                **how,
+                **{**self.options.template_kwargs, **variables},
             )
+            return str(rendered)
 
-    def _variables(self, chat: Conversation) -> dict[str, Any]:
-        return {**self.options.template_kwargs, **chat.template_kwargs}
+        content = (messages, chat.tools, chat.template_kwargs)
+        masked = self.encoder.mask(content)
+        with self._naming_errors(chat):
+            text = apply(*content)
+            inert = text if masked == content else apply(*masked)
+        if masked != content and self.encoder.unmask(inert) != text:
+            raise ValueError(
+                f"{chat.where}: it spells a control token, and {self.name} does not write that as"
+                " it stands, so it cannot be kept apart from the template's own. Set"
+                " data.chat.special_tokens to 'drop', or clean the text"
+            )
+        return inert
 
     @contextmanager
     def _naming_errors(self, chat: Conversation) -> Iterator[None]:
@@ -248,8 +256,8 @@ class ChatRenderer:
                 nothing would be trained.
         """
         rows = [self._pieces(chat, k) for chat, k in zip(chats, first, strict=True)]
-        heads = encode_texts(self.tokenizer, [row[0] for row in rows])
-        flat = encode_continuations(self.tokenizer, [piece for row in rows for piece in row[1:]])
+        heads = self.encoder.texts([row[0] for row in rows])
+        flat = self.encoder.continuations([piece for row in rows for piece in row[1:]])
         rest = iter(flat)
         return [
             self._join(chat, head, [next(rest) for _ in row[1:]])
@@ -258,7 +266,7 @@ class ChatRenderer:
 
     def encode_whole(self, chats: Sequence[Conversation]) -> list[EncodedSequence]:
         """Encode whole conversations, every token in the loss mask."""
-        encoded = encode_texts(self.tokenizer, [self.render(chat) for chat in chats])
+        encoded = self.encoder.texts([self.render(chat) for chat in chats])
         for ids, chat in zip(encoded, chats, strict=True):
             self._check_bos(ids, chat)
         return [EncodedSequence(ids, [True] * len(ids)) for ids in encoded]
@@ -287,13 +295,20 @@ class ChatRenderer:
 
     def _tagged_spans(self, chat: Conversation, first: int) -> tuple[str, list[tuple[int, int]]]:
         """The text and the spans that the template's own tags mark."""
+        messages, tools, variables = masked = self.encoder.mask(chat.content())
+        if masked != chat.content():
+            self.render(chat)  # checks that the template writes it as it stands
         with self._naming_errors(chat):
             rendered: Any = render_jinja_template(
-                conversations=[chat.messages],
-                tools=chat.tools,
+                conversations=[messages],
+                tools=tools,
                 chat_template=self.template(chat.tools),
                 return_assistant_tokens_mask=True,
-                **{**self.tokenizer.special_tokens_map, **self._variables(chat)},
+                **{
+                    **self.tokenizer.special_tokens_map,
+                    **self.options.template_kwargs,
+                    **variables,
+                },
             )
         (whole,), (tagged,) = rendered
         start = self._prefix(self.render(chat, first, generate=True), whole, chat) if first else 0
@@ -330,10 +345,14 @@ class ChatRenderer:
             return len(part)
         same = (a == b for a, b in zip(part, whole, strict=False))
         n = next((i for i, equal in enumerate(same) if not equal), len(whole))
+
+        def after(text: str) -> str:
+            return repr(self.encoder.unmask(text[n : n + 40]))
+
         raise ValueError(
             f"{chat.where}: {self.name} does not render the beginning of a conversation as a prefix"
-            f" of the whole. After {n} characters the beginning goes on with {part[n : n + 40]!r},"
-            f" the whole with {whole[n : n + 40]!r}: the model would be trained on something else"
+            f" of the whole. After {n} characters the beginning goes on with {after(part)},"
+            f" the whole with {after(whole)}: the model would be trained on something else"
             " than it meets when it generates. Use a template that leaves earlier turns as they are"
             " or marks turns with {% generation %} tags, or give rows as prompt and completion, so"
             " that only the last turn is trained"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.core.distributed import rank, world_size
+from rlhf_lightning.data.mixture import check_unweighted
 from rlhf_lightning.data.prompts import PromptSource
 from rlhf_lightning.types import Batch, SamplingParams
 
@@ -30,6 +31,7 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"validation.batch_size is {self.batch_size}; it must be at least 1")
+        check_unweighted(self.prompts, "validation.prompts")
 
 
 class HeldOutLoader:

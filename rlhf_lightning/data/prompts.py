@@ -13,14 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.chat import ChatOptions, ChatRenderer, Conversation
-from rlhf_lightning.data.tokens import (
-    SpecialTokenFilter,
-    check_alphabet,
-    check_text,
-    encode_documents,
-    encode_texts,
-    name_rows,
-)
+from rlhf_lightning.data.filters import PromptFilters, RowReport, find_duplicates
+from rlhf_lightning.data.tokens import SpecialTokenFilter, check_alphabet, check_text, name_rows
 from rlhf_lightning.io.readers import read_rows
 
 Row = dict[str, Any]
@@ -128,11 +122,16 @@ class PromptFile(PromptSource):
         if self.offset >= len(rows):
             raise ValueError(f"offset is {self.offset}, but {self.path} has only {len(rows)} rows")
         return [
-            self._shape(row, f"{self.path}, row {number}")
+            self.shape(row, f"{self.path}, row {number}")
             for number, row in enumerate(rows[self.offset :], start=self.offset + 1)
         ]
 
-    def _shape(self, row: Row, where: str) -> Row:
+    def shape(self, row: Row, where: str) -> Row:
+        """What the arguments make of a row.
+
+        Raises:
+            ValueError: it lacks a column, or a transform failed; the message names the row.
+        """
         _require(row, self.columns.values(), where, "columns")
         row = {**row, **{new: row[old] for new, old in self.columns.items()}}
         for transform in self.transforms:
@@ -240,12 +239,12 @@ def encode_prompts(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_prompt_length: int | None = None,
+    filters: PromptFilters | None = None,
     context_length: int | None = None,
     max_new_tokens: int = 0,
-    too_long: str = "error",
+    left_out: RowReport | None = None,
     chat: ChatOptions | None = None,
-) -> tuple[list[EncodedPrompt], dict[str, int]]:
+) -> tuple[list[EncodedPrompt], RowReport]:
     """Token ids of each row's ``prompt``.
 
     Text is encoded as it is, behind one BOS where the tokenizer adds one. Messages are rendered by
@@ -254,40 +253,49 @@ def encode_prompts(
     Args:
         rows: rows with ``prompt``, and ``tools`` and ``chat_template_kwargs`` where they have them.
         tokenizer: the model's.
-        max_prompt_length: the longest prompt in tokens.
+        filters: what happens to prompts that are too long or occur twice.
         context_length: the longest sequence of the model, prompt and completion.
         max_new_tokens: the longest completion, for which the context must have room.
-        too_long: ``"error"``, or ``"drop"`` to leave out prompts that are too long.
-        chat: the chat template and what text is refused.
+        left_out: places of rows that are left out already, by reason; they are not looked at.
+        chat: the chat template, and what happens to text that spells control tokens.
 
     Returns:
-        The prompts in the order of the rows, and how many rows were left out, by reason
-        (``dropped_too_long``, ``dropped_special_tokens``).
+        The prompts in the order of the rows, and which rows were left out or are special, by
+        reason, with those of ``left_out``.
 
     Raises:
-        ValueError: a prompt is missing, no text, empty, too long or spells a control token; a
-            template failed; or no row is left.
+        ValueError: a prompt is missing, no text, empty, or refused by the filters; a template
+            failed; or no row is left.
     """
-    if too_long not in ("error", "drop"):
-        raise ValueError(f"too_long is {too_long!r}; it must be 'error' or 'drop'")
-    chat = chat or ChatOptions()
-    limit = _length_limit(max_prompt_length, context_length, max_new_tokens)
-    ids, dropped = _prompt_ids(rows, tokenizer, chat)
-    counts = {"dropped_special_tokens": dropped}
+    filters, chat, left_out = filters or PromptFilters(), chat or ChatOptions(), left_out or {}
+    limit = _length_limit(filters.max_prompt_length, context_length, max_new_tokens)
+    skipped = {place for places in left_out.values() for place in places}
+    wanted = {k: row for k, row in enumerate(rows) if k not in skipped}
+    ids, report = _prompt_ids(wanted, tokenizer, chat)
     long = [k for k, tokens in ids.items() if limit is not None and len(tokens) > limit]
-    if long and too_long == "error":
+    if long and filters.too_long == "error":
         longest = max(len(ids[k]) for k in long)
         raise ValueError(
             f"{len(long)} of {len(rows)} prompts ({name_rows(long)}) are longer than"
-            f" {limit} tokens (the longest has {longest}): raise max_prompt_length or the model's"
-            " context, lower max_new_tokens, or set too_long to 'drop'"
+            f" {limit} tokens (the longest has {longest}): raise data.filters.max_prompt_length or"
+            " the model's context, lower max_new_tokens, or set data.filters.too_long to 'drop'"
         )
-    counts["dropped_too_long"] = len(long)
-    skipped = set(long)
-    encoded = [EncodedPrompt(ids[k], rows[k]) for k in ids if k not in skipped]
-    if rows and not encoded:
+    for k in long:
+        del ids[k]
+    twice = find_duplicates(
+        {k: tuple(tokens) for k, tokens in ids.items()},
+        filters.duplicates,
+        len(rows),
+        "prompts",
+        "data.filters.duplicates",
+    )
+    for k in twice:
+        del ids[k]
+    report = {**left_out, **report, "dropped_too_long": long, "dropped_duplicate": twice}
+    if rows and not ids:
+        counts = {reason: len(places) for reason, places in report.items()}
         raise ValueError(f"none of {len(rows)} prompts is left ({counts})")
-    return encoded, counts
+    return [EncodedPrompt(tokens, rows[k]) for k, tokens in ids.items()], report
 
 
 def _length_limit(prompt: int | None, context: int | None, new: int) -> int | None:
@@ -303,14 +311,14 @@ def _length_limit(prompt: int | None, context: int | None, new: int) -> int | No
 
 
 def _prompt_ids(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat: ChatOptions
-) -> tuple[dict[int, list[int]], int]:
-    """Token ids by place of the row, and how many rows were dropped for control tokens."""
+    rows: Mapping[int, Row], tokenizer: PreTrainedTokenizerBase, chat: ChatOptions
+) -> tuple[dict[int, list[int]], RowReport]:
+    """Token ids by place of the row, and which rows spell control tokens."""
     renderer = ChatRenderer(tokenizer, chat)
     controls = SpecialTokenFilter(tokenizer, chat.special_tokens)
     texts: dict[int, str] = {}
     conversations: dict[int, Conversation] = {}
-    for k, row in enumerate(rows):
+    for k, row in rows.items():
         where = f"row {k + 1}"
         _require(row, ["prompt"], where, "a prompt")
         prompt = row["prompt"]
@@ -320,19 +328,19 @@ def _prompt_ids(
                 texts[k] = prompt
             continue
         conversation = Conversation.from_row(row, prompt, f"{where}: its prompt")
-        if not controls.refuses(k, conversation.messages, conversation.tools):
+        if not controls.refuses(k, conversation.content()):
             conversations[k] = conversation
-    dropped = controls.dropped()
+    report = controls.report()
     check_alphabet(tokenizer, texts.values())
     if conversations:
         renderer.check()
     rendered = [renderer.render_prompt(c) for c in conversations.values()]
-    ids = dict(zip(texts, encode_documents(tokenizer, list(texts.values())), strict=True))
-    ids |= dict(zip(conversations, encode_texts(tokenizer, rendered), strict=True))
+    ids = dict(zip(texts, renderer.encoder.documents(list(texts.values())), strict=True))
+    ids |= dict(zip(conversations, renderer.encoder.texts(rendered), strict=True))
     for k, tokens in ids.items():
         if not tokens:
             raise ValueError(
                 f"row {k + 1}: its prompt {rows[k]['prompt']!r} has no tokens, and there is nothing"
                 " to go on from: the tokenizer adds no BOS. Write a prompt, or remove the row"
             )
-    return dict(sorted(ids.items())), dropped
+    return dict(sorted(ids.items())), report

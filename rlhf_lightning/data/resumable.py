@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.core.bookkeeping import unfinished_micro_batches
 from rlhf_lightning.core.distributed import gather_objects, rank, world_size
 from rlhf_lightning.data.chat import ChatOptions
+from rlhf_lightning.data.filters import RowReport, describe
+from rlhf_lightning.io.secrets import redact
 from rlhf_lightning.types import Batch
 
 
@@ -48,14 +51,12 @@ class ResumableDataModule(LightningDataModule):
     epoch's own data (rollouts, say) go into ``epoch_state``.
 
     Args:
-        tokenizer: by default the module's.
         chat: how conversations become text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, chat: ChatOptions) -> None:
+    def __init__(self, chat: ChatOptions) -> None:
         super().__init__()
         self.chat = chat
-        self._tokenizer = tokenizer
         self.epoch = 0
         """How many epochs have been started: the number of the running one is ``epoch - 1``."""
         self._cursor = 0
@@ -77,9 +78,15 @@ class ResumableDataModule(LightningDataModule):
         return self._trainer.lightning_module
 
     @property
+    def hparams_initial(self) -> AttributeDict:
+        """What loggers save of a subclass's options: without secrets."""
+        return AttributeDict(redact(super().hparams_initial))
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was given, or the module's."""
-        return self._tokenizer if self._tokenizer is not None else self._module.tokenizer
+        """The module's tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = self._module.tokenizer
+        return tokenizer
 
     def setup(self, stage: str) -> None:
         """Give the tokenizer the chat template, so that an export carries it."""
@@ -94,11 +101,18 @@ class ResumableDataModule(LightningDataModule):
         """The same as validation."""
         return self.val_dataloader()
 
-    def report_counts(self, what: str, rows: int, counts: dict[str, int]) -> None:
-        """Print how many rows were left out or cut, and why."""
-        for reason, count in counts.items():
-            if count:
-                self._module.print(f"{what}: {count} of {rows} {reason.replace('_', ' ')}")
+    def report_rows(self, what: str, rows: int, report: RowReport) -> None:
+        """Print how many rows were left out or changed, which, and why."""
+        for line in describe(what, rows, report):
+            self._module.print(line)
+
+    def sizes(self) -> dict[str, str]:
+        """What an epoch holds, for people: text by label.
+
+        Raises:
+            ValueError: if these sizes could end the run later on.
+        """
+        return {}
 
     def without_validation(self) -> None:
         """Make ``fit`` skip validation, as Lightning does where there is no such hook."""

@@ -5,47 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.core.config import as_config, check_choices
-from rlhf_lightning.core.modes import eval_mode
+from rlhf_lightning.core.config import as_config
+from rlhf_lightning.core.interrupt import interruptible
 from rlhf_lightning.core.seeding import derive_seed
 from rlhf_lightning.data.chat import ChatOptions
+from rlhf_lightning.data.collection import PhaseCollector
+from rlhf_lightning.data.filters import PromptFilters, RowReport, find_missing_gold
 from rlhf_lightning.data.held_out import HeldOutLoader, ValidationConfig
+from rlhf_lightning.data.mixture import find_categories
 from rlhf_lightning.data.phase import Phase, PhaseConfig, plan_updates, step_denominators
 from rlhf_lightning.data.prompts import EncodedPrompt, PromptSource, encode_prompts, load_rows
 from rlhf_lightning.data.resumable import ResumableDataModule
+from rlhf_lightning.data.samplers import PromptSampler, ShuffledSampler
+from rlhf_lightning.data.sizes import describe_rollouts
 from rlhf_lightning.data.stream import PromptStream
 from rlhf_lightning.events import dispatch
 from rlhf_lightning.models.loading import context_length
+from rlhf_lightning.models.modes import eval_mode
 from rlhf_lightning.rewards.combine import RewardCombiner, RewardPolicy
 from rlhf_lightning.rollout.collector import RolloutCollector, Rollouts, reward_columns
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.rollout.hf import HFEngine
 from rlhf_lightning.types import ExperienceMaker, RolloutBatch, SamplingParams
-
-
-@dataclass
-class PromptLimits:
-    """What happens to long prompts.
-
-    Args:
-        max_prompt_length: the longest prompt in tokens; by default what the model's context leaves
-            when the longest completion is taken off.
-        too_long: ``"error"``, or ``"drop"`` to leave such rows out (they are counted and reported).
-    """
-
-    max_prompt_length: int | None = None
-    too_long: Literal["error", "drop"] = "error"
-
-    def __post_init__(self) -> None:
-        check_choices(self, "prompt_limits")
 
 
 class RolloutDataModule(ResumableDataModule):
@@ -64,10 +51,11 @@ class RolloutDataModule(ResumableDataModule):
         phase: the size of a phase.
         engine: writes the completions; by default the trained model itself (``HFEngine``).
         validation: held-out prompts; without it ``fit`` does not validate.
-        prompt_limits: what happens to long prompts.
+        filters: which prompts are left out: too long, twice there, without a gold.
+        sampler: says which prompts come next; by default ``ShuffledSampler``: every prompt once a
+            lap, and the categories of a weighted ``PromptMixture`` in their proportions.
         reward_policy: what happens when a reward function fails.
         chat: how conversations become text.
-        tokenizer: by default the module's.
         seed: prompt order, sampling and the order of updates follow from it.
 
     Example::
@@ -89,20 +77,20 @@ class RolloutDataModule(ResumableDataModule):
         phase: PhaseConfig | None = None,
         engine: RolloutEngine | None = None,
         validation: ValidationConfig | None = None,
-        prompt_limits: PromptLimits | None = None,
+        filters: PromptFilters | None = None,
+        sampler: PromptSampler | None = None,
         reward_policy: RewardPolicy | None = None,
         chat: ChatOptions | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(tokenizer, as_config(ChatOptions, chat, "chat"))
+        super().__init__(as_config(ChatOptions, chat, "chat"))
         self.prompts = prompts
         self.sampling = as_config(SamplingParams, sampling or SamplingParams(n=8), "sampling")
         self.phase = as_config(PhaseConfig, phase, "phase")
         self.validation = (
             None if validation is None else as_config(ValidationConfig, validation, "validation")
         )
-        self.prompt_limits = as_config(PromptLimits, prompt_limits, "prompt_limits")
+        self.filters = as_config(PromptFilters, filters, "filters")
         self.rewards = RewardCombiner(
             rewards, reward_weights, as_config(RewardPolicy, reward_policy, "reward_policy")
         )
@@ -112,9 +100,12 @@ class RolloutDataModule(ResumableDataModule):
             self.without_validation()
         self._encoded: dict[str, list[EncodedPrompt]] = {}
         self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._left_out: dict[str, RowReport] = {}
+        self._categories: dict[str, frozenset[str]] = {}
         self._running: Phase | None = None
         self._bound: object | None = None
-        self._stream: PromptStream | None = None
+        self._stream = PromptStream(_checked(sampler), seed)
+        self._phases: PhaseCollector | None = None
         if self.sampling.temperature == 0:
             raise ValueError(
                 "sampling.temperature is 0: greedy completions cannot be learned from. Raise it"
@@ -129,6 +120,7 @@ class RolloutDataModule(ResumableDataModule):
         """
         super().setup(stage)
         self._encoded.clear()
+        self._phases = None
         if stage == "fit":
             self.begin_fit()
             self._running = None
@@ -138,61 +130,80 @@ class RolloutDataModule(ResumableDataModule):
                     " make_experience() and loss_units(). Use an on-policy module (GRPOModule, ...)"
                     " or another data module"
                 )
-            smallest = getattr(self._module, "smallest_group", 1)
-            if self.sampling.n < smallest:
-                raise ValueError(
-                    f"sampling.n is {self.sampling.n}, but {type(self._module).__name__} compares"
-                    f" completions of the same prompt: it must be at least {smallest}"
-                )
+            if hasattr(self._module, "check_sampling"):
+                self._module.check_sampling(self.sampling)
             trainer = self._trainer
-            self.phase.check(self.sampling.n, trainer.world_size, trainer.accumulate_grad_batches)
-            self.check_limit()
-            self._rows["train"] = self._load_rows(self.prompts, "prompts")
-        if self.validation is not None:
-            self._rows["validation"] = self._load_rows(
-                self.validation.prompts, "validation.prompts"
+            self.phase.check(
+                self.sampling.n,
+                trainer.world_size,
+                trainer.accumulate_grad_batches,
+                self.rewards.names,
             )
+            self.check_limit()
+            self._load_rows("train", self.prompts, "prompts")
+        if self.validation is not None:
+            self._load_rows("validation", self.validation.prompts, "validation.prompts")
         elif stage in ("validate", "test", "predict"):
             raise ValueError(
-                f"validation: `{stage}` needs held-out prompts, and none are configured"
+                "validation: evaluating needs held-out prompts, and none are configured"
             )
 
-    def _load_rows(self, source: PromptSource, name: str) -> list[dict[str, Any]]:
+    def _load_rows(self, kind: str, source: PromptSource, name: str) -> None:
         """Rows that all have the same columns, so that reward functions always get them all."""
         rows = load_rows(source, name)
         columns = dict.fromkeys(column for row in rows for column in row)
         rows = [{c: row.get(c) for c in columns if c != "prompt" or c in row} for row in rows]
-        self.rewards.check_rows([reward_columns(row) for row in rows])
-        return rows
+        self._rows[kind] = rows
+        self._categories[kind] = find_categories(rows, name)
+        judged = [reward_columns(row) for row in rows]
+        self._left_out[kind] = find_missing_gold(
+            judged, self.filters, self.rewards.unusable_rows, name
+        )
 
     def micro_batches_per_epoch(self) -> int:
         """Micro-batches in a phase: update epochs x steps x accumulation."""
         return self.phase.update_epochs * self.phase.steps * self._trainer.accumulate_grad_batches
 
+    def sizes(self) -> dict[str, str]:
+        """Prompts, completions and updates of a phase."""
+        lengths = [len(prompt.ids) for prompt in self._encode("train", self.sampling)]
+        trainer = self._trainer
+        return describe_rollouts(
+            lengths,
+            self.sampling,
+            self.phase,
+            trainer.accumulate_grad_batches,
+            trainer.world_size,
+            len(self._rows.get("validation", ())),
+        )
+
     def _encode(self, kind: str, sampling: SamplingParams) -> list[EncodedPrompt]:
         """The prompts as token ids, checked against the model's context. Done once."""
         if kind not in self._encoded:
-            limits = self.prompt_limits
-            self._encoded[kind], counts = encode_prompts(
+            self._encoded[kind], report = encode_prompts(
                 self._rows[kind],
                 self.tokenizer,
-                max_prompt_length=limits.max_prompt_length,
+                filters=self.filters,
                 context_length=context_length(self._module.language_model),
                 max_new_tokens=sampling.max_new_tokens,
-                too_long=limits.too_long,
+                left_out=self._left_out[kind],
                 chat=self.chat,
             )
-            self.report_counts(f"{kind} prompts", len(self._rows[kind]), counts)
+            self.report_rows(f"{kind} prompts", len(self._rows[kind]), report)
         return self._encoded[kind]
 
     # Training: a phase
 
     def train_dataloader(self) -> Any:
         """One epoch is one rollout phase, collected when its first micro-batch is asked for."""
-        prompts = self._encode("train", self.sampling)
-        self._stream = PromptStream(len(prompts), self.phase.prompts, self.seed)
+        if self._phases is None:
+            prompts = self._encode("train", self.sampling)
+            weights = getattr(self.prompts, "weights", None)
+            self._stream.start([prompt.row for prompt in prompts], weights)
+            collector = self._collector("train", self.sampling)
+            self._phases = PhaseCollector(self._stream, prompts, collector, self.phase, self.seed)
         if self.validation is not None:
-            self._encode("validation", self._validation_sampling())
+            self._encode("validation", self.validation_sampling())
         return super().train_dataloader()
 
     def start_epoch(self, epoch: int) -> None:
@@ -201,12 +212,11 @@ class RolloutDataModule(ResumableDataModule):
         started = time.perf_counter()
         module.phase_metrics.discard("rollout/")  # of a phase that is collected once more
         dispatch(trainer, "on_rollout_start", epoch)
-        with self._collecting():
+        with self._collecting(), self._stream.phase(epoch):
             rollouts = self._collect(epoch)
             generated = time.perf_counter()
-            lengths = rollouts.batch.attention_mask.sum(dim=1)
             plans = plan_updates(
-                self.phase, lengths, trainer.accumulate_grad_batches, self.seed, epoch
+                self.phase, rollouts.batch, trainer.accumulate_grad_batches, self.seed, epoch
             )
             batch = module.make_experience(rollouts.batch, plans[0])
         denominators = step_denominators(batch, plans, module.loss_units, module.device)
@@ -229,31 +239,21 @@ class RolloutDataModule(ResumableDataModule):
         weights = () if self.engine.shares_weights else model.named_parameters()
         self.engine.update_weights(weights, version)
 
-    def _collector(self, sampling: SamplingParams) -> RolloutCollector:
-        return RolloutCollector(self.engine, self.tokenizer, self.rewards, sampling)
+    def _collector(self, kind: str, sampling: SamplingParams) -> RolloutCollector:
+        return RolloutCollector(
+            self.engine, self.tokenizer, self.rewards, sampling, self._categories[kind]
+        )
 
     def _collect(self, phase: int) -> Rollouts:
         trainer = self._trainer
-        assert self._stream is not None
-        positions = self._stream.positions(phase)
-        chosen = [self._encoded["train"][self._stream[position]] for position in positions]
+        assert self._phases is not None
         self._push_weights(phase)
         dispatch(trainer, "on_weights_updated", phase)
-        rollouts = self._collector(self.sampling).collect(
-            [prompt.ids for prompt in chosen],
-            [prompt.row for prompt in chosen],
-            seeds=[derive_seed(self.seed, "sample", position) for position in positions],
-            version=phase,
-            trainer_state=trainer_state(trainer),
-            on_progress=lambda done, total: dispatch(trainer, "on_rollout_progress", done, total),
+        return self._phases.collect(
+            phase,
+            trainer_state(trainer),
+            lambda done, total: dispatch(trainer, "on_rollout_progress", done, total),
         )
-        first = positions[0]
-        rollouts.batch.group_ids = rollouts.batch.group_ids + first
-        for i, sample in enumerate(rollouts.samples):
-            sample["phase"] = phase
-            sample["group"] += first
-            sample["id"] = f"{sample['group']}-{i % self.sampling.n}"
-        return rollouts
 
     def micro_batch(self, index: int) -> RolloutBatch:
         """Micro-batch ``index`` of the running phase."""
@@ -278,11 +278,21 @@ class RolloutDataModule(ResumableDataModule):
             row_advantage = batch.advantages.gather(
                 1, batch.loss_mask.int().argmax(dim=1, keepdim=True)
             )
-            for sample, advantage in zip(rollouts.samples, row_advantage[:, 0], strict=True):
+            trained = rollouts.samples[: len(batch)]
+            for sample, advantage in zip(trained, row_advantage[:, 0], strict=True):
                 sample["advantage"] = float(advantage)
         dispatch(self._trainer, "on_rollout_end", batch, rollouts.samples, figures)
 
     # The checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every rank stands, and where all stand in the stream of prompts."""
+        return {**super().state_dict(), "stream": self._stream.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state_dict)
+        self._stream.load_state_dict(state_dict["stream"])
 
     def epoch_state(self) -> dict[str, Any]:
         """The rollouts of the running phase and how they are cut."""
@@ -299,9 +309,15 @@ class RolloutDataModule(ResumableDataModule):
         self.engine.close()
         self.rewards.close()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Let go of the engine: ``teardown`` is left out where a run fails or is stopped."""
+        self._bound = None
+        self.engine.close()
+
     # Validation
 
-    def _validation_sampling(self) -> SamplingParams:
+    def validation_sampling(self) -> SamplingParams:
+        """How held-out prompts are answered."""
         assert self.validation is not None
         if self.validation.sampling is not None:
             return self.validation.sampling
@@ -310,7 +326,7 @@ class RolloutDataModule(ResumableDataModule):
     def val_dataloader(self) -> Any:
         """Answered held-out prompts."""
         assert self.validation is not None
-        prompts = len(self._encode("validation", self._validation_sampling()))
+        prompts = len(self._encode("validation", self.validation_sampling()))
         return HeldOutLoader(
             prompts,
             self.validation.batch_size,
@@ -319,10 +335,10 @@ class RolloutDataModule(ResumableDataModule):
         )
 
     def _answer(self, places: Sequence[int], counts: Tensor) -> RolloutBatch:
-        sampling = self._validation_sampling()
+        sampling = self.validation_sampling()
         prompts = [self._encode("validation", sampling)[i] for i in places]
-        with self._collecting():
-            rollouts = self._collector(sampling).collect(
+        with self._collecting(), interruptible():
+            rollouts = self._collector("validation", sampling).collect(
                 [prompt.ids for prompt in prompts],
                 [prompt.row for prompt in prompts],
                 seeds=[derive_seed(self.seed, "validation", i) for i in places],
@@ -333,6 +349,16 @@ class RolloutDataModule(ResumableDataModule):
         batch.valid = counts.repeat_interleave(sampling.n)
         batch.samples = rollouts.samples
         return batch
+
+
+def _checked(sampler: PromptSampler | None) -> PromptSampler:
+    if sampler is not None and not isinstance(sampler, PromptSampler):
+        raise TypeError(
+            f"sampler is a {type(sampler).__name__}; it must be a PromptSampler. To use other rows"
+            " of numbers (a torch Sampler, a list), derive a class from PromptSampler that returns"
+            " them from draw() and saves its place in state_dict()"
+        )
+    return ShuffledSampler() if sampler is None else sampler
 
 
 def trainer_state(trainer: Any) -> Any:

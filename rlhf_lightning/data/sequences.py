@@ -13,12 +13,11 @@ from rlhf_lightning.data.chat import (
     Conversation,
     EncodedSequence,
 )
+from rlhf_lightning.data.filters import RowReport, find_duplicates
 from rlhf_lightning.data.tokens import (
     SpecialTokenFilter,
     check_alphabet,
     check_text,
-    encode_continuations,
-    encode_documents,
     kind_of,
     name_rows,
 )
@@ -35,9 +34,10 @@ def encode_sequences(
     *,
     max_length: int | None = None,
     too_long: str = "truncate",
+    duplicates: str = "keep",
     train_on_prompt: bool = False,
     chat: ChatOptions | None = None,
-) -> tuple[list[EncodedSequence], dict[str, int]]:
+) -> tuple[list[EncodedSequence], RowReport]:
     """Token ids and loss mask of each row.
 
     Rows come in TRL's formats: ``prompt`` and ``completion`` (both text, or both messages; the
@@ -52,28 +52,34 @@ def encode_sequences(
         too_long: what happens to longer rows: ``"truncate"`` cuts them at the end, where they get
             no EOS (a row of which nothing is trained then is dropped), ``"drop"`` leaves them out,
             ``"error"`` refuses them.
+        duplicates: what happens to a row that has the same tokens as an earlier one, and the same
+            of them trained: ``"keep"``, ``"drop"`` or ``"error"``.
         train_on_prompt: train every token, prompts and the user's turns included.
-        chat: the chat template and what text is refused.
+        chat: the chat template, and what happens to text that spells control tokens.
 
     Returns:
-        The sequences in the order of the rows, and how many rows were cut or left out
-        (``truncated``, ``dropped_too_long``, ``dropped_untrained``, ``dropped_special_tokens``).
+        The sequences in the order of the rows, and which rows were cut, left out or are special,
+        by reason (see :data:`rlhf_lightning.data.filters.REASONS`).
 
     Raises:
-        ValueError: a row has no known format, is malformed, too long, trains nothing or spells a
-            control token; the template cannot be trained on; or no row is left.
+        ValueError: a row has no known format, is malformed, trains nothing or is refused by an
+            option; the template cannot be trained on; or no row is left.
     """
-    if too_long not in ("truncate", "drop", "error"):
-        raise ValueError(f"too_long is {too_long!r}; it must be 'truncate', 'drop' or 'error'")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length is {max_length}; a sequence needs at least 2 tokens")
     encoder = _RowEncoder(tokenizer, chat or ChatOptions(), train_on_prompt)
     whole = encoder.encode(rows)
-    counts = {"dropped_special_tokens": encoder.controls.dropped()}
-    fitting = _fit(whole, len(rows), max_length, too_long, counts)
+    report = encoder.controls.report()
+    keys = {k: (tuple(ids), tuple(loss_mask)) for k, (ids, loss_mask) in whole.items()}
+    twice = find_duplicates(keys, duplicates, len(rows), "rows", "data.duplicates")
+    for k in twice:
+        del whole[k]
+    fitting = _fit(whole, len(rows), max_length, too_long, report)
+    report["dropped_duplicate"] = twice
     if rows and not fitting:
+        counts = {reason: len(places) for reason, places in report.items()}
         raise ValueError(f"none of {len(rows)} rows is left ({counts})")
-    return fitting, counts
+    return fitting, report
 
 
 def _fit(
@@ -81,30 +87,30 @@ def _fit(
     rows: int,
     max_length: int | None,
     too_long: str,
-    counts: dict[str, int],
+    report: RowReport,
 ) -> list[EncodedSequence]:
-    """Sequences within the limit; what becomes of the others is added to the counts."""
+    """Sequences within the limit; what becomes of the others is added to the report."""
     long = [k for k, s in whole.items() if max_length is not None and len(s.input_ids) > max_length]
     if long and too_long == "error":
         longest = max(len(whole[k].input_ids) for k in long)
         raise ValueError(
             f"{len(long)} of {rows} rows ({name_rows(long)}) are longer than {max_length} tokens"
-            f" (the longest has {longest}): raise max_length, or set too_long to 'truncate' or"
-            " 'drop'"
+            f" (the longest has {longest}): raise data.max_length (and the model's context), or set"
+            " data.too_long to 'truncate' or 'drop'"
         )
-    counts.update(truncated=0, dropped_too_long=0, dropped_untrained=0)
     cut = set(long)
     if too_long == "drop":
-        counts["dropped_too_long"] = len(long)
+        report["dropped_too_long"] = long
         return [sequence for k, sequence in whole.items() if k not in cut]
+    truncated, untrained = report["truncated"], report["dropped_untrained"] = [], []
     fitting = []
     for k, (ids, loss_mask) in whole.items():
         if k in cut:
             ids, loss_mask = ids[:max_length], loss_mask[:max_length]
             if not any(loss_mask):
-                counts["dropped_untrained"] += 1
+                untrained.append(k)
                 continue
-            counts["truncated"] += 1
+            truncated.append(k)
         fitting.append(EncodedSequence(ids, loss_mask))
     return fitting
 
@@ -131,9 +137,9 @@ class _RowEncoder:
         texts: dict[int, tuple[str, str | None]] = {}
         chats: dict[int, tuple[Conversation, int]] = {}
         for k, row in enumerate(rows, start=start):
-            parsed = _parse(row, f"row {k + 1}")
+            parsed = parse_row(row, f"row {k + 1}")
             if isinstance(parsed[0], Conversation):
-                if not self.controls.refuses(k, parsed[0].messages, parsed[0].tools):
+                if not self.controls.refuses(k, parsed[0].content()):
                     chats[k] = parsed
             elif not self._spells_controls(k, *parsed):
                 texts[k] = parsed
@@ -184,10 +190,11 @@ class _RowEncoder:
         tails = [(completion or "").removesuffix(eos) for _, completion in rows.values()]
         check_alphabet(self.tokenizer, [*heads, *tails])
         encoded = {}
+        encoder = self.renderer.encoder
         for (k, (_, completion)), head, tail in zip(
             rows.items(),
-            encode_documents(self.tokenizer, heads),
-            encode_continuations(self.tokenizer, tails),
+            encoder.documents(heads),
+            encoder.continuations([encoder.mask(tail) for tail in tails]),
             strict=True,
         ):
             trained_head = self.train_on_prompt or completion is None
@@ -201,8 +208,19 @@ class _RowEncoder:
         return encoded
 
 
-def _parse(row: Row, where: str) -> tuple[str, str | None] | tuple[Conversation, int]:
-    """``(text, None)``, ``(prompt, completion)`` or ``(conversation, first trained message)``."""
+def parse_row(row: Row, where: str) -> tuple[str, str | None] | tuple[Conversation, int]:
+    """What a row of supervised training is.
+
+    Args:
+        row: a row.
+        where: names it in errors.
+
+    Returns:
+        ``(text, None)``, ``(prompt, completion)`` or ``(conversation, first trained message)``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         if not isinstance(prompt, list) and not isinstance(completion, list):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,10 +14,13 @@ from rlhf_lightning.core.distributed import rank, world_size
 from rlhf_lightning.core.seeding import permutation
 from rlhf_lightning.data.batching import check_token_budget, cut_micro_batches
 from rlhf_lightning.data.chat import ChatOptions, EncodedSequence
+from rlhf_lightning.data.filters import RowReport, dropped
 from rlhf_lightning.data.held_out import HeldOutLoader
-from rlhf_lightning.data.prompts import PromptSource, load_rows
+from rlhf_lightning.data.mixture import check_unweighted, members_by_category, weighted_epoch
+from rlhf_lightning.data.prompts import PromptSource, Row, load_rows
 from rlhf_lightning.data.resumable import ResumableDataModule
 from rlhf_lightning.data.sequences import encode_sequences
+from rlhf_lightning.data.sizes import describe_rows
 from rlhf_lightning.models.loading import context_length
 from rlhf_lightning.types import SequenceBatch, StepPlan
 
@@ -31,6 +34,10 @@ class SFTDataModule(ResumableDataModule):
     processes and cut into ``accumulate_grad_batches`` micro-batches of similar padded size. The
     place in the epoch is part of the checkpoint.
 
+    An epoch is all rows once. Of a ``PromptMixture`` with weights it is as many rows, in the shares
+    that the weights ask for: small sets are repeated in new orders, large ones go on in the next
+    epoch where they stopped.
+
     Args:
         dataset: where the training rows come from.
         batch_size: rows per optimizer step, over all processes and micro-batches.
@@ -38,11 +45,12 @@ class SFTDataModule(ResumableDataModule):
         max_length: the longest row in tokens; by default the model's context.
         too_long: what happens to longer rows: ``"error"``, ``"truncate"`` on the right, or
             ``"drop"``; they are counted and reported.
+        duplicates: what happens to a row that has the same tokens as an earlier one: ``"keep"``,
+            ``"drop"`` or ``"error"``.
         train_on_prompt: also train on prompts, not only on completions and the assistant's turns.
         chat: how conversations become text.
         max_tokens_per_micro_batch: an upper bound on rows times longest row of a micro-batch.
         validation_batch_size: held-out rows at a time, per process.
-        tokenizer: by default the module's.
         seed: the order of the rows follows from it.
     """
 
@@ -53,33 +61,43 @@ class SFTDataModule(ResumableDataModule):
         validation: PromptSource | None = None,
         max_length: int | None = None,
         too_long: Literal["error", "truncate", "drop"] = "error",
+        duplicates: Literal["keep", "drop", "error"] = "keep",
         train_on_prompt: bool = False,
         chat: ChatOptions | None = None,
         max_tokens_per_micro_batch: int | None = None,
         validation_batch_size: int = 32,
-        tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(tokenizer, as_config(ChatOptions, chat, "chat"))
+        super().__init__(as_config(ChatOptions, chat, "chat"))
         for name, size in (
             ("batch_size", batch_size),
             ("validation_batch_size", validation_batch_size),
         ):
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
+        for name, value, choices in (
+            ("too_long", too_long, ("error", "truncate", "drop")),
+            ("duplicates", duplicates, ("keep", "drop", "error")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; it must be one of {choices}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.validation = validation
         self.max_length = max_length
         self.too_long = too_long
+        self.duplicates = duplicates
         self.train_on_prompt = train_on_prompt
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.validation_batch_size = validation_batch_size
         self.seed = seed
         if validation is None:
             self.without_validation()
+        else:
+            check_unweighted(validation, "validation")
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._encoded: dict[str, list[EncodedSequence]] = {}
+        self._members: dict[str, Tensor] = {}
         self._plan: StepPlan = []
         self._denominators: list[float] = []
 
@@ -97,28 +115,48 @@ class SFTDataModule(ResumableDataModule):
         if self.validation is not None:
             self._rows["validation"] = load_rows(self.validation, "validation")
         elif stage in ("validate", "test", "predict"):
-            raise ValueError(f"validation: `{stage}` needs held-out rows, and none are configured")
+            raise ValueError("validation: evaluating needs held-out rows, and none are configured")
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, context: int | None
+    ) -> tuple[list[EncodedSequence], RowReport]:
+        """Rows as token ids and loss masks, by the options of this data module.
+
+        Args:
+            rows: the rows.
+            tokenizer: the model's.
+            context: the longest sequence of the model in tokens.
+
+        Returns:
+            The sequences, and what happened to rows (see ``encode_sequences``).
+        """
+        limits = [limit for limit in (self.max_length, context) if limit is not None]
+        return encode_sequences(
+            rows,
+            tokenizer,
+            max_length=min(limits, default=None),
+            too_long=self.too_long,
+            duplicates=self.duplicates,
+            train_on_prompt=self.train_on_prompt,
+            chat=self.chat,
+        )
 
     def _sequences(self, kind: str) -> list[EncodedSequence]:
         """The rows as token ids and loss masks. Done once."""
         if kind not in self._encoded:
-            rows = self._rows[kind]
-            limits = [self.max_length, context_length(self._module.language_model)]
-            self._encoded[kind], counts = encode_sequences(
-                rows,
-                self.tokenizer,
-                max_length=min((limit for limit in limits if limit is not None), default=None),
-                too_long=self.too_long,
-                train_on_prompt=self.train_on_prompt,
-                chat=self.chat,
-            )
-            self.report_counts(f"{kind} rows", len(rows), counts)
+            rows, context = self._rows[kind], context_length(self._module.language_model)
+            self._encoded[kind], report = self.encode(rows, self.tokenizer, context)
+            self.report_rows(f"{kind} rows", len(rows), report)
+            if kind == "train":
+                left_out = dropped(report)
+                kept = [row for k, row in enumerate(rows) if k not in left_out]
+                self._members = members_by_category(self.dataset, kept)
         return self._encoded[kind]
 
     # Training
 
     def train_dataloader(self) -> Any:
-        """One epoch of it is one pass over the rows."""
+        """One epoch of it is one pass over the rows, or as many rows in the shares asked for."""
         rows = len(self._sequences("train"))
         if "validation" in self._rows:
             self._sequences("validation")
@@ -145,11 +183,35 @@ class SFTDataModule(ResumableDataModule):
         """Micro-batches of an epoch, the same on every rank."""
         return self._steps() * self._accumulate
 
+    def sizes(self) -> dict[str, str]:
+        """Rows, tokens and updates of an epoch.
+
+        Raises:
+            ValueError: if an epoch to come has a micro-batch over ``max_tokens_per_micro_batch``.
+        """
+        sequences, trainer = self._sequences("train"), self._trainer
+        if self.max_tokens_per_micro_batch is not None:
+            epochs = trainer.max_epochs or 1
+            if epochs < 0:
+                epochs = -(-trainer.max_steps // self._steps())
+            for epoch in range(epochs):
+                self.start_epoch(epoch)
+        lengths = [len(sequence.input_ids) for sequence in sequences]
+        trained = sum(sum(sequence.loss_mask) for sequence in sequences)
+        held_out = len(self._rows.get("validation", ()))
+        return describe_rows(
+            lengths, trained, self._steps(), self._accumulate, world_size(), held_out
+        )
+
     def start_epoch(self, epoch: int) -> None:
         """Permute the rows and cut them. Every rank knows all lengths, so none has to ask."""
         sequences = self._sequences("train")
         lengths = torch.tensor([len(sequence.input_ids) for sequence in sequences])
-        order = permutation(len(sequences), self.seed, "rows", epoch)
+        weights: Mapping[str, float] | None = getattr(self.dataset, "weights", None)
+        if weights is None:
+            order = permutation(len(sequences), self.seed, "rows", epoch)
+        else:
+            order = weighted_epoch(self._members, weights, self.seed, epoch)
         self._plan, self._denominators = [], []
         for rows in torch.tensor_split(order, self._steps()):
             dealt = rows[torch.argsort(lengths[rows], stable=True)]

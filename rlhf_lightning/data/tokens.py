@@ -1,8 +1,9 @@
-"""Text to token ids: what is added, what continues what, and which text is refused."""
+"""Which text is refused, and how rows are named."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,64 +11,6 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.models.tokenizers import check_covers
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with nothing added."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    return encoded["input_ids"]
-
-
-def encode_continuations(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> list[list[int]]:
-    r"""Token ids of texts that go on from other text, as a model would write them.
-
-    A completion is encoded apart from its prompt: encoded together, the last token of one may merge
-    with the first of the other into a token that the model, which is given the prompt's tokens,
-    cannot produce. Tokenizers that put a space before every text (SentencePiece's dummy prefix)
-    would put one here as well, so those encode the text behind a newline.
-    """
-    (newline, plain, behind) = encode_texts(tokenizer, ["\n", "a", "\na"])
-    if behind == newline + plain:
-        return encode_texts(tokenizer, texts)
-    n = len(newline)
-    anchored = encode_texts(tokenizer, ["\n" + text for text in texts])
-    return [
-        ids[n:] if ids[:n] == newline else encode_texts(tokenizer, [text])[0]
-        for ids, text in zip(anchored, texts, strict=True)
-    ]
-
-
-def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS that the tokenizer puts before plain text: one id, or none."""
-    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    whole = tokenizer("a", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and whole[: 1 + len(plain)] == [bos, *plain] else []
-
-
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that begin a sequence: with one BOS where the tokenizer wants one.
-
-    A BOS that the text spells out at its beginning is that one. An EOS that the tokenizer would add
-    is left out, for a prompt does not end there.
-    """
-    spelled = tokenizer.bos_token or ""
-    added = bos_ids(tokenizer)
-    starts = [bool(spelled) and text.startswith(spelled) for text in texts]
-    bodies = [
-        text.removeprefix(spelled) if start else text
-        for text, start in zip(texts, starts, strict=True)
-    ]
-    return [
-        ([tokenizer.bos_token_id] if start else added) + ids
-        for ids, start in zip(encode_texts(tokenizer, bodies), starts, strict=True)
-    ]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -82,7 +25,7 @@ class SpecialTokenFilter:
 
     Args:
         tokenizer: whose control tokens are looked for.
-        policy: ``"error"``, ``"drop"`` or ``"allow"``, see
+        policy: ``"inert"``, ``"error"``, ``"drop"`` or ``"allow"``, see
             :class:`~rlhf_lightning.data.chat.ChatOptions`.
     """
 
@@ -93,9 +36,10 @@ class SpecialTokenFilter:
         longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._found: dict[int, str] = {}
+        self._texts: set[int] = set()
 
     def refuses(self, place: int, *values: Any) -> bool:
-        """Whether the row at this place is out: a control token is spelled somewhere in its values.
+        """Whether the row at this place is out, for a control token is spelled in its values.
 
         Args:
             place: of the row.
@@ -104,11 +48,11 @@ class SpecialTokenFilter:
         if self.policy == "allow":
             return False
         for value in values:
-            for text in _strings(value):
+            for text in strings_in(value):
                 found = self._pattern.search(text)
                 if found:
                     self._found[place] = found.group()
-                    return True
+                    return self.policy != "inert"
         return False
 
     def refuses_text(
@@ -122,24 +66,38 @@ class SpecialTokenFilter:
             begins: it begins a sequence, so that it may begin with BOS.
             ends: it ends one, so that it may end with EOS.
         """
+        self._texts.add(place)
         text = text.removeprefix(self._bos) if begins else text
         return self.refuses(place, text.removesuffix(self._eos) if ends else text)
 
-    def dropped(self) -> int:
-        """How many rows are out.
+    def report(self) -> dict[str, list[int]]:
+        """The rows that spell a control token, under what was done about it.
 
         Raises:
             ValueError: there are some, and the policy is ``"error"``.
         """
-        if self._found and self.policy == "error":
-            rows = name_rows(list(self._found))
+        places = sorted(self._found)
+        if not places:
+            return {}
+        spelled = f"{name_rows(places)} spell a control token ({self._found[places[0]]!r}"
+        if self.policy == "error":
             raise ValueError(
-                f"{len(self._found)} rows ({rows}) spell a control token of the tokenizer"
-                f" ({next(iter(self._found.values()))!r}), which would act as one. Clean the text,"
-                " set chat.special_tokens to 'drop', or to 'allow' if the rows were rendered"
-                " beforehand and are trusted"
+                f"{len(places)} rows: {spelled}), which would act as one. Clean the text, or set"
+                " data.chat.special_tokens: 'inert' encodes it as plain characters, 'drop' leaves"
+                " such rows out, 'allow' is for trusted rows that were rendered beforehand"
             )
-        return len(self._found)
+        if self.policy == "drop":
+            return {"dropped_special_tokens": places}
+        rendered = self._texts.intersection(places)
+        if 2 * len(rendered) > len(self._texts):
+            warnings.warn(
+                f"{len(rendered)} of {len(self._texts)} rows of plain text spell control tokens"
+                f" ({spelled}), as rows do that a chat template has rendered beforehand. They are"
+                " encoded as plain characters here; if they are to act as control tokens, set"
+                " data.chat.special_tokens to 'allow'",
+                stacklevel=2,
+            )
+        return {"inert_special_tokens": places}
 
 
 def check_alphabet(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
@@ -149,19 +107,22 @@ def check_alphabet(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> 
         ValueError: naming the characters and the first text that has one.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and isinstance(backend.model, WordLevel):
+    if backend is None or not isinstance(backend.model, WordLevel):
+        return
+    if backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str("ab")) == 2:
         check_covers(tokenizer, texts)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in a value: the value itself, or items and keys of lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for item in value.items():
-            yield from _strings(list(item))
+            yield from strings_in(list(item))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings(item)
+            yield from strings_in(item)
 
 
 def check_text(text: Any, where: str) -> str:

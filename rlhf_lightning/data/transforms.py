@@ -58,3 +58,12 @@ def _column(row: Row, name: str) -> Any:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def without_category(row: Row) -> Row:
+    """Take out the column ``category``, which in a mixture names the source.
+
+    >>> without_category({"prompt": "a", "category": "b"})
+    {'prompt': 'a'}
+    """
+    return {name: value for name, value in row.items() if name != "category"}

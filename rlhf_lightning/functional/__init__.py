@@ -7,7 +7,7 @@ positions contribute exactly 0 to values and gradients, whatever they hold.
 Losses are per token; :func:`aggregate_loss` reduces them, by the denominator of the whole optimizer
 step. A GRPO loss reads::
 
-    logprobs, entropy = token_logprobs(hidden, head_weight, input_ids, loss_mask)
+    logprobs = token_logprobs(hidden, head_weight, input_ids, loss_mask).logprobs
     policy = clipped_policy_loss(logprobs, old_logprobs, advantages, loss_mask)
     kl = kl_estimate(logprobs, ref_logprobs, "k3", loss_mask)
     loss = aggregate_loss(policy.loss + beta * kl, loss_mask, denominator)
@@ -21,12 +21,22 @@ from rlhf_lightning.functional.advantages import (
     group_statistics,
     total_rewards,
 )
+from rlhf_lightning.functional.importance import (
+    ImportanceWeights,
+    WeightBound,
+    importance_weights,
+)
 from rlhf_lightning.functional.kl import KLEstimator, kl_estimate
-from rlhf_lightning.functional.logprobs import logprobs_from_logits, token_logprobs
+from rlhf_lightning.functional.logprobs import (
+    TokenStatistics,
+    logprobs_from_logits,
+    token_logprobs,
+)
 from rlhf_lightning.functional.policy_loss import (
     PolicyLossOutput,
     RatioLevel,
     clipped_policy_loss,
+    clipped_weight_loss,
 )
 from rlhf_lightning.functional.reductions import (
     Aggregation,
@@ -41,13 +51,18 @@ __all__ = [
     "Aggregation",
     "Baseline",
     "GroupStatistics",
+    "ImportanceWeights",
     "KLEstimator",
     "PolicyLossOutput",
     "RatioLevel",
+    "TokenStatistics",
+    "WeightBound",
     "aggregate_loss",
     "clipped_policy_loss",
+    "clipped_weight_loss",
     "group_advantages",
     "group_statistics",
+    "importance_weights",
     "kl_estimate",
     "logprobs_from_logits",
     "loss_units",

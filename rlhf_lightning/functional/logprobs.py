@@ -5,8 +5,8 @@ Notation: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N`` t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +18,41 @@ from rlhf_lightning.functional._checks import check_aligned, check_shape
 _CHUNK_BYTES = 64 * 2**20
 
 
+class TokenStatistics(NamedTuple):
+    """What a model thinks of given tokens.
+
+    Attributes:
+        logprobs: ``[B, T]`` log-probability of each token given the tokens before it.
+        entropy: ``[B, T]`` entropy of the distribution that the token was drawn from; None unless
+            asked for.
+        correct: ``[B, T]`` bool, whether the token is the most likely one; None unless asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenStatistics:
+        """The same with every tensor changed."""
+        entropy, correct = (None if field is None else change(field) for field in self[1:])
+        return TokenStatistics(change(self.logprobs), entropy, correct)
+
+
 def token_logprobs(
     hidden: Tensor,
     head_weight: Tensor,
     input_ids: Tensor,
     loss_mask: Tensor,
     *,
+    predictors: Tensor | None = None,
     head_bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
     with_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    with_accuracy: bool = False,
+) -> TokenStatistics:
     """Log-probability of each token that counts, from the hidden states before the output head.
 
     ``logprobs[b, t] = log_softmax(z / temperature)[input_ids[b, t]]`` with
@@ -43,10 +65,13 @@ def token_logprobs(
     runs in the precision that ``torch.nn.Linear`` would.
 
     Args:
-        hidden: ``[B, T, H]``, last hidden states of the backbone.
+        hidden: ``[B, T, H]``, last hidden states of the backbone; with ``predictors`` any
+            ``[*, *, H]``.
         head_weight: ``[V, H]``, weight of the output head.
         input_ids: ``[B, T]`` int64.
         loss_mask: ``[B, T]`` bool, True where the token counts; position 0 never does.
+        predictors: ``[N]`` for each token that counts, row by row, the position in the flattened
+            hidden states that predicts it; by default the one before it.
         head_bias: ``[V]``, bias of the output head.
         temperature: divides the logits; greater than 0.
         logit_scale: multiplies the logits (Cohere, Granite).
@@ -54,11 +79,12 @@ def token_logprobs(
             https://arxiv.org/abs/2408.00118).
         chunk_size: tokens whose logits are held at once; by default as many as fit into 64 MiB.
         with_entropy: also return the entropy of the distribution that each token was drawn from.
+        with_accuracy: also return whether each token is the most likely one.
 
     Returns:
-        Log-probabilities ``[B, T]`` and entropies ``[B, T]`` (None unless asked for): float32, or
-        float64 for float64 hidden states; 0 where masked; differentiable once. They are connected
-        to the graph of ``hidden`` and ``head_weight`` also where no token counts, as DDP needs.
+        Each field ``[B, T]``, and 0 (False) where masked. Log-probabilities and entropies are
+        float32, or float64 for float64 hidden states; differentiable once; and connected to the
+        graph of ``hidden`` and ``head_weight`` also where no token counts, as DDP needs.
 
     Raises:
         TypeError: if ``loss_mask`` is not bool.
@@ -67,18 +93,19 @@ def token_logprobs(
     Example:
         >>> hidden, head_weight = torch.zeros(1, 3, 2), torch.zeros(4, 2)
         >>> input_ids, loss_mask = torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])
-        >>> token_logprobs(hidden, head_weight, input_ids, loss_mask, with_entropy=True)
-        (tensor([[ 0.0000,  0.0000, -1.3863]]), tensor([[0.0000, 0.0000, 1.3863]]))
+        >>> token_logprobs(hidden, head_weight, input_ids, loss_mask).logprobs
+        tensor([[ 0.0000,  0.0000, -1.3863]])
     """
     check_aligned(loss_mask, input_ids=input_ids)
-    check_shape("hidden", hidden, "[B, T, H]", *loss_mask.shape, None)
+    tokens = _loss_tokens(loss_mask)
+    _check_predicting("hidden", hidden, "H", loss_mask, tokens, predictors)
     check_shape("head_weight", head_weight, "[V, H]", None, hidden.shape[-1])
     if head_bias is not None:
         check_shape("head_bias", head_bias, "[V]", len(head_weight))
     _check_options(temperature, softcap, chunk_size)
 
-    tokens = _loss_tokens(loss_mask)
-    selected = hidden.flatten(0, 1).index_select(0, tokens - 1)
+    predictors = tokens - 1 if predictors is None else predictors
+    selected = hidden.flatten(0, 1).index_select(0, predictors)
     targets = input_ids.flatten().index_select(0, tokens)
     if chunk_size is None:
         row_bytes = len(head_weight) * _result_dtype(hidden.dtype).itemsize
@@ -86,13 +113,13 @@ def token_logprobs(
     head = _Head(logit_scale, softcap, temperature)
     if len(tokens) <= chunk_size:
         logits = head.logits(F.linear(selected, head_weight, head_bias))
-        logprobs, entropy = _statistics(logits, targets, with_entropy)
+        found = _statistics(logits, targets, with_entropy, with_accuracy)
     else:
-        dtype = _linear_dtype(hidden)
-        logprobs, entropy = _ChunkedLogprobs.apply(
-            selected, head_weight, head_bias, targets, head, dtype, chunk_size, with_entropy
+        wanted = _Wanted(_linear_dtype(hidden), chunk_size, with_entropy, with_accuracy)
+        found = TokenStatistics(
+            *_ChunkedLogprobs.apply(selected, head_weight, head_bias, targets, head, wanted)
         )
-    return _scatter(logprobs, tokens, loss_mask), _scatter(entropy, tokens, loss_mask)
+    return _scatter(found, tokens, loss_mask)
 
 
 def logprobs_from_logits(
@@ -100,22 +127,27 @@ def logprobs_from_logits(
     input_ids: Tensor,
     loss_mask: Tensor,
     *,
+    predictors: Tensor | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    with_accuracy: bool = False,
+) -> TokenStatistics:
     """Log-probability of each token that counts, from full logits.
 
     For models whose output head is more than the linear map of :func:`token_logprobs`.
 
     Args:
-        logits: ``[B, T, V]``; position ``t - 1`` predicts token ``t``.
+        logits: ``[B, T, V]``; position ``t - 1`` predicts token ``t``. With ``predictors`` any
+            ``[*, *, V]``.
         input_ids: ``[B, T]`` int64.
         loss_mask: ``[B, T]`` bool, True where the token counts; position 0 never does.
+        predictors: as of :func:`token_logprobs`.
         temperature: divides the logits; greater than 0.
         with_entropy: also return the entropy of the distribution that each token was drawn from.
+        with_accuracy: also return whether each token is the most likely one.
 
     Returns:
-        Log-probabilities and entropies as :func:`token_logprobs` returns them.
+        As :func:`token_logprobs`.
 
     Raises:
         TypeError: if ``loss_mask`` is not bool.
@@ -123,19 +155,21 @@ def logprobs_from_logits(
 
     Example:
         >>> logits, input_ids = torch.zeros(1, 2, 4), torch.tensor([[1, 2]])
-        >>> logprobs_from_logits(logits, input_ids, torch.tensor([[False, True]]))[0]
+        >>> logprobs_from_logits(logits, input_ids, torch.tensor([[False, True]])).logprobs
         tensor([[ 0.0000, -1.3863]])
     """
     check_aligned(loss_mask, input_ids=input_ids)
-    check_shape("logits", logits, "[B, T, V]", *loss_mask.shape, None)
-    _check_options(temperature)
     tokens = _loss_tokens(loss_mask)
-    logprobs, entropy = _statistics(
-        _Head(temperature=temperature).logits(logits.flatten(0, 1).index_select(0, tokens - 1)),
+    _check_predicting("logits", logits, "V", loss_mask, tokens, predictors)
+    _check_options(temperature)
+    predictors = tokens - 1 if predictors is None else predictors
+    found = _statistics(
+        _Head(temperature=temperature).logits(logits.flatten(0, 1).index_select(0, predictors)),
         input_ids.flatten().index_select(0, tokens),
         with_entropy,
+        with_accuracy,
     )
-    return _scatter(logprobs, tokens, loss_mask), _scatter(entropy, tokens, loss_mask)
+    return _scatter(found, tokens, loss_mask)
 
 
 class _Head(NamedTuple):
@@ -165,19 +199,30 @@ class _Head(NamedTuple):
         return capped.square_().neg_().add_(1).mul_(slope)
 
 
+class _Wanted(NamedTuple):
+    """What is computed chunk by chunk, and how."""
+
+    dtype: torch.dtype
+    chunk_size: int
+    entropy: bool
+    accuracy: bool
+
+
 def _statistics(
-    logits: Tensor, targets: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``[N, V]`` logits to ``[N]`` log-probabilities and entropies."""
+    logits: Tensor, targets: Tensor, with_entropy: bool, with_accuracy: bool
+) -> TokenStatistics:
+    """Of ``[N, V]`` logits and ``[N]`` tokens; each field ``[N]``."""
     log_p = logits.log_softmax(dim=-1)
-    entropy = None
+    entropy = correct = None
     if with_entropy:
         entropy = -(log_p.exp() * log_p.clamp(min=_lowest(log_p))).sum(dim=-1)
-    return _gather(log_p, targets), entropy
+    if with_accuracy:
+        correct = log_p.argmax(dim=-1) == targets
+    return TokenStatistics(_gather(log_p, targets), entropy, correct)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """``[N, H]`` hidden states to ``[N]`` log-probabilities and entropies, chunk by chunk.
+    """``[N, H]`` hidden states to the fields of ``TokenStatistics``, ``[N]`` each, chunk by chunk.
 
     Between the passes it holds ``[N]`` numbers and its inputs.
     """
@@ -190,18 +235,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         head: _Head,
-        dtype: torch.dtype,
-        chunk_size: int,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        wanted: _Wanted,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.head, ctx.dtype, ctx.chunk_size = head, dtype, chunk_size
-        logprobs = hidden.new_empty(len(hidden), dtype=_result_dtype(dtype))
+        ctx.head, ctx.dtype, ctx.chunk_size = head, wanted.dtype, wanted.chunk_size
+        logprobs = hidden.new_empty(len(hidden), dtype=_result_dtype(wanted.dtype))
         log_partition = torch.empty_like(logprobs)
-        entropy = torch.empty_like(logprobs) if with_entropy else None
+        entropy = torch.empty_like(logprobs) if wanted.entropy else None
+        correct = torch.empty_like(targets, dtype=torch.bool) if wanted.accuracy else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, _, linear in _linear_chunks(hidden, weight, bias, dtype, chunk_size):
+            chunks = _linear_chunks(hidden, weight, bias, wanted.dtype, wanted.chunk_size)
+            for rows, _, linear in chunks:
                 logits = head.logits(linear)
+                if correct is not None:
+                    correct[rows] = logits.argmax(dim=-1) == targets[rows]
                 highest = logits.amax(dim=-1, keepdim=True)
                 logits -= highest
                 picked = _gather(logits, targets[rows])
@@ -213,12 +260,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     average = p.mul_(logits.clamp_(min=_lowest(logits))).sum(dim=-1) / total
                     entropy[rows] = total.log() - average
         ctx.save_for_backward(hidden, weight, bias, targets, log_partition, entropy)
-        return logprobs, entropy
+        if correct is not None:
+            ctx.mark_non_differentiable(correct)
+        return logprobs, entropy, correct
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_partition, entropy = ctx.saved_tensors
         if grad_logprobs is None:  # only the entropy is used
@@ -250,7 +299,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     grad_bias += grad.sum(dim=0)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _linear_chunks(
@@ -325,15 +374,29 @@ def _loss_tokens(loss_mask: Tensor) -> Tensor:
     return positions[:, 1:][loss_mask[:, 1:]]
 
 
-@overload
-def _scatter(values: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor: ...
-@overload
-def _scatter(values: None, tokens: Tensor, loss_mask: Tensor) -> None: ...
-def _scatter(values: Tensor | None, tokens: Tensor, loss_mask: Tensor) -> Tensor | None:
-    """``[B, T]`` with the values of the tokens that count, and 0 elsewhere."""
-    if values is None:
-        return None
-    return values.new_zeros(loss_mask.numel()).index_copy(0, tokens, values).view_as(loss_mask)
+def _scatter(found: TokenStatistics, tokens: Tensor, loss_mask: Tensor) -> TokenStatistics:
+    """Each field ``[B, T]``, with 0 where no token counts."""
+
+    def spread(values: Tensor) -> Tensor:
+        empty = values.new_zeros(loss_mask.numel())
+        return empty.index_copy(0, tokens, values).view_as(loss_mask)
+
+    return found.map(spread)
+
+
+def _check_predicting(
+    name: str,
+    states: Tensor,
+    last: str,
+    loss_mask: Tensor,
+    tokens: Tensor,
+    predictors: Tensor | None,
+) -> None:
+    if predictors is None:
+        check_shape(name, states, f"[B, T, {last}]", *loss_mask.shape, None)
+        return
+    check_shape(name, states, f"[*, *, {last}]", None, None, None)
+    check_shape("predictors", predictors, "[N]", len(tokens))
 
 
 def _check_options(

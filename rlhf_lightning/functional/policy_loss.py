@@ -1,4 +1,4 @@
-"""The clipped surrogate loss of PPO, GRPO and their relatives."""
+"""The clipped surrogate losses of PPO, GRPO and their relatives."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class PolicyLossOutput(NamedTuple):
     Attributes:
         loss: ``[B, T]``, exactly 0 on masked positions.
         ratio: ``[B, T]``, the importance ratio before clipping; 1 on masked positions.
-        clipped_low: ``[B, T]`` bool, the ratio is below ``1 - clip_low`` with a negative advantage.
-        clipped_high: ``[B, T]`` bool, it is above ``1 + clip_high`` with a positive advantage.
-        clipped_dual: ``[B, T]`` bool, it is above ``dual_clip`` with a negative advantage.
+        clipped_low: ``[B, T]`` bool, clipping at ``1 - clip_low`` changed the token's gradient.
+        clipped_high: ``[B, T]`` bool, clipping at ``1 + clip_high`` did.
+        clipped_dual: ``[B, T]`` bool, clipping at ``dual_clip`` did.
         missing_old: ``[B, T]`` bool, the old log-probability was ``nan`` and the ratio taken as 1.
     """
 
@@ -99,16 +99,7 @@ def clipped_policy_loss(
     check_choice("ratio_level", ratio_level, get_args(RatioLevel))
     _check_bounds(clip_low, clip_high, dual_clip)
 
-    missing_old = loss_mask & old_logprobs.isnan()
-    old_logprobs = torch.where(missing_old, logprobs.detach(), old_logprobs)
-    log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
-    if ratio_level == "sequence":
-        mean_log_ratio = masked_mean(log_ratio.detach(), loss_mask, dim=1)
-        # The value of the row's ratio, the gradient of the token's log-probability.
-        log_ratio = mean_log_ratio[:, None] + (log_ratio - log_ratio.detach())
-        log_ratio = torch.where(loss_mask, log_ratio, 0)
-    ratio = exp_ratio(log_ratio)
-
+    ratio, missing_old = _importance_ratio(logprobs, old_logprobs, loss_mask, ratio_level)
     advantages = torch.where(loss_mask, advantages, 0)
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -127,6 +118,81 @@ def clipped_policy_loss(
         clipped_dual=clipped_dual,
         missing_old=missing_old,
     )
+
+
+def clipped_weight_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+) -> PolicyLossOutput:
+    """REINFORCE of each token, under a clipped importance weight without gradient: CISPO.
+
+    With the ratio ``w = π / π_old`` (MiniMax-M1, https://arxiv.org/abs/2506.13585, eq. 4 and 5)::
+
+        loss = -stop_gradient(clip(w, 1 - clip_low, 1 + clip_high)) A log π
+
+    Where PPO's clipping takes a token out of the gradient, this one bounds its weight, so that rare
+    tokens on which the policy moved far (``However``, ``Wait``) still teach something.
+
+    Args:
+        logprobs: ``[B, T]``, of the policy.
+        old_logprobs: ``[B, T]``, as in :func:`clipped_policy_loss`; ``nan`` is a ratio of 1.
+        advantages: ``[B, T]``, without gradient.
+        loss_mask: ``[B, T]`` bool, as in :func:`clipped_policy_loss`.
+        clip_low: how far the weight may fall below 1; in [0, 1]. 1, as in the paper, has no bound.
+        clip_high: how far it may rise above 1; 0 or more. The paper leaves it open; 4 is a largest
+            weight of 5 (ScaleRL, https://arxiv.org/abs/2510.13786, whose ``ε_max`` TRL takes too).
+
+    Returns:
+        The loss, and where a bound changed the weight.
+
+    Raises:
+        ValueError: if a bound is out of its range or shapes differ.
+
+    Example:
+        >>> logprobs = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
+        >>> out = clipped_weight_loss(
+        ...     logprobs,
+        ...     old_logprobs=torch.tensor([[0.25, 0.05]]).log(),
+        ...     advantages=torch.ones(1, 2),
+        ...     loss_mask=torch.ones(1, 2, dtype=torch.bool),
+        ... )
+        >>> torch.autograd.grad(out.loss.sum(), logprobs)[0]
+        tensor([[-2., -5.]])
+    """
+    check_aligned(loss_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    _check_bounds(clip_low, clip_high, None)
+    ratio, missing_old = _importance_ratio(logprobs.detach(), old_logprobs, loss_mask, "token")
+    advantages = torch.where(loss_mask, advantages, 0)
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    useful = advantages != 0
+    return PolicyLossOutput(
+        loss=-weight * advantages * torch.where(loss_mask, logprobs, 0),
+        ratio=ratio,
+        clipped_low=(ratio < 1 - clip_low) & useful,
+        clipped_high=(ratio > 1 + clip_high) & useful,
+        clipped_dual=torch.zeros_like(loss_mask),
+        missing_old=missing_old,
+    )
+
+
+def _importance_ratio(
+    logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor, level: RatioLevel
+) -> tuple[Tensor, Tensor]:
+    """``[B, T]`` ``π / π_old``, 1 on masked positions, and where ``π_old`` was not known."""
+    missing = loss_mask & old_logprobs.isnan()
+    old_logprobs = torch.where(missing, logprobs.detach(), old_logprobs)
+    log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
+    if level == "sequence":
+        mean_log_ratio = masked_mean(log_ratio.detach(), loss_mask, dim=1)
+        # The value of the row's ratio, the gradient of the token's log-probability.
+        log_ratio = mean_log_ratio[:, None] + (log_ratio - log_ratio.detach())
+        log_ratio = torch.where(loss_mask, log_ratio, 0)
+    return exp_ratio(log_ratio), missing
 
 
 def _check_bounds(clip_low: float, clip_high: float, dual_clip: float | None) -> None:

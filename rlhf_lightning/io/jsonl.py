@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from rlhf_lightning.io.disk import cannot_write
+
 Record = dict[str, Any]
 
 
@@ -55,15 +57,21 @@ class JsonlWriter:
         return size - end
 
     def write(self, *records: Record) -> None:
-        """Append the records.
+        """Append the records, all of them or none.
 
         Raises:
             TypeError: a record holds something that JSON has no form for.
+            OSError: naming the file and the room that is left, if they could not be written.
         """
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         data = memoryview(lines.encode("utf-8", errors="backslashreplace"))
-        while data:
-            data = data[self._file.write(data) :]
+        size, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            self._file.truncate(size)
+            raise cannot_write(self.path, error, written, "Earlier records are intact.") from error
 
     def drop_after(self, step: int, key: str = "step") -> int:
         """Drop the records beyond ``step``, so that a resumed run can write them again.
@@ -77,6 +85,9 @@ class JsonlWriter:
 
         Returns:
             How many records were dropped.
+
+        Raises:
+            OSError: naming the file, if it could not be rewritten.
         """
         with self.path.open("rb") as file:
             lines = file.readlines()
@@ -84,10 +95,14 @@ class JsonlWriter:
         if len(kept) == len(lines):
             return 0
         rewritten = self.path.with_name(self.path.name + ".tmp")
-        with rewritten.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with rewritten.open("wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            rewritten.unlink(missing_ok=True)
+            raise cannot_write(self.path, error, None, "The file is as it was.") from error
         self._file.close()
         rewritten.replace(self.path)
         self._file = self.path.open("ab", buffering=0)

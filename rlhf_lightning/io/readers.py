@@ -27,6 +27,7 @@ def read_rows(
     name: str | None = None,
     revision: str | None = None,
     limit: int | None = None,
+    bad_lines: list[str] | None = None,
 ) -> list[Row]:
     r"""Read every row of a source.
 
@@ -42,6 +43,8 @@ def read_rows(
         name: the configuration of a hub data set (``"main"`` for ``openai/gsm8k``).
         revision: branch, tag or commit of a hub data set. Pin it where a result must be repeated.
         limit: read no more than this many rows.
+        bad_lines: takes what is wrong with lines of a file that cannot be read, and the rows are
+            those of the others. Without it the first such line is an error.
 
     Raises:
         FileNotFoundError: nothing is there, or the hub cannot be reached.
@@ -61,10 +64,10 @@ def read_rows(
         rows = _read_saved_dataset(path, split, limit)
     elif path.exists() or suffix is not None:
         _refuse(source, "a file", split=split, name=name, revision=revision)
-        rows = list(islice(_read_file(path, suffix), limit))
+        rows = list(islice(_read_file(path, suffix, bad_lines), limit))
     else:
         rows = _read_hub(str(source), split, name, revision, limit)
-    if not rows:
+    if not rows and not bad_lines:
         raise ValueError(f"{source} holds no rows")
     return rows
 
@@ -86,17 +89,17 @@ def _refuse(source: str | Path, kind: str, **arguments: str | None) -> None:
             )
 
 
-def _read_file(path: Path, suffix: str | None) -> Iterator[Row]:
+def _read_file(path: Path, suffix: str | None, bad: list[str] | None) -> Iterator[Row]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()})")
     if suffix == ".parquet":
         return _read_parquet(path)
     if suffix in (".csv", ".tsv"):
-        return _read_table(path, "," if suffix == ".csv" else "\t")
+        return _read_table(path, "," if suffix == ".csv" else "\t", bad)
     if suffix == ".json" and _starts_with_list(path):
         return _read_json_list(path)
     if suffix is not None:
-        return _read_json_lines(path)
+        return _read_json_lines(path, bad)
     known = ", ".join((*TEXT_SUFFIXES, ".parquet"))
     raise ValueError(f"{path}: its suffix tells no known format; rename it to one of {known}")
 
@@ -105,37 +108,55 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+def _complain(bad: list[str] | None, message: str, cause: Exception | None = None) -> None:
+    """Note what is wrong with a line, or raise it where nobody takes notes."""
+    if bad is None:
+        raise ValueError(message) from cause
+    bad.append(message)
+
+
+def _lines(path: Path, bad: list[str] | None = None) -> Iterator[tuple[int, str, bool]]:
     """``(line number, text, whether a newline ends it)``, decoded strictly, line by line."""
     number = 0
     try:
         with _open(path) as file:
             for number, raw in enumerate(file, start=1):
-                encoding = "utf-8-sig" if number == 1 else "utf-8"
-                yield number, raw.decode(encoding), raw.endswith(b"\n")
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
-        raise ValueError(f"{path}, line {number}: not UTF-8 ({found})") from error
+                try:
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    found = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+                    _complain(bad, f"{path}, line {number}: not UTF-8 ({found})", error)
+                    continue
+                yield number, text, raw.endswith(b"\n")
     except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged after line {number} ({error})") from error
+        _complain(bad, f"{path}: damaged after line {number} ({error})", error)
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    for number, line, ended in _lines(path):
+def _read_json_lines(path: Path, bad: list[str] | None) -> Iterator[Row]:
+    for number, line, ended in _lines(path, bad):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             torn = "" if ended else "; the file ends within this line, so it was cut off in writing"
-            raise ValueError(f"{path}, line {number}: not JSON ({error}){torn}") from error
-        yield _as_row(row, f"{path}, line {number}")
+            _complain(bad, f"{where}: not JSON ({error}){torn}", error)
+            continue
+        if isinstance(row, dict):
+            yield row
+        else:
+            _complain(bad, _no_object(row, where))
 
 
 def _as_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, found {type(row).__name__}")
+        raise ValueError(_no_object(row, where))
     return row
+
+
+def _no_object(row: Any, where: str) -> str:
+    return f"{where}: a row must be a JSON object, found {type(row).__name__}"
 
 
 def _starts_with_list(path: Path) -> bool:
@@ -153,11 +174,12 @@ def _read_json_list(path: Path) -> Iterator[Row]:
         yield _as_row(row, f"{path}, item {number}")
 
 
-def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
+def _read_table(path: Path, delimiter: str, bad: list[str] | None) -> Iterator[Row]:
     # The module's own limit of 131,072 characters is below what one long document needs.
     before = csv.field_size_limit(sys.maxsize)
     try:
-        reader = csv.reader((line for _, line, _ in _lines(path)), delimiter=delimiter, strict=True)
+        lines = (line for _, line, _ in _lines(path, bad))
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) != len(header):
             raise ValueError(f"{path}, line 1: a column name occurs twice in {header}")
@@ -165,13 +187,12 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
             if not values:
                 continue
             if len(values) != len(header):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(values)} values for {len(header)}"
-                    f" columns {header}"
-                )
+                where = f"{path}, line {reader.line_num}"
+                _complain(bad, f"{where}: {len(values)} values for {len(header)} columns {header}")
+                continue
             yield dict(zip(header, values, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        _complain(bad, f"{path}, line {reader.line_num}: {error}; nothing is read after it", error)
     finally:
         csv.field_size_limit(before)
 

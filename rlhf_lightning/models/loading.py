@@ -136,6 +136,22 @@ def load_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     return model
 
 
+def model_configuration(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """The transformers configuration of the model that ``config`` describes; no weights are read.
+
+    Raises:
+        OSError: if the model cannot be found.
+        ValueError: on an unknown ``model_type`` or field.
+    """
+    if config.path is not None:
+        return _read_config(config, config.path)
+    hf_config = _build_config(config.config or {}, tokenizer)
+    _remove_noise(hf_config)
+    return hf_config
+
+
 def prepare_for_training(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
@@ -193,9 +209,10 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return tuple(sorted({*ids, tokenizer.eos_token_id} - {None}))
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     """The most tokens that the model was made for, None where its configuration sets no limit."""
-    config = model.config.get_text_config(decoder=True)
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    config = config.get_text_config(decoder=True)
     for name in _CONTEXT_FIELDS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -227,11 +244,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def _read_weights(config: ModelConfig, path: str) -> PreTrainedModel:
+    hf_config = _read_config(config, path)
     with _naming("path", path), _own_randomness(config.init_seed):
-        hf_config = AutoConfig.from_pretrained(
-            path, revision=config.revision, trust_remote_code=False
-        )
-        _remove_noise(hf_config)
         model: PreTrainedModel
         report: dict[str, Any]
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -253,8 +267,7 @@ def _read_weights(config: ModelConfig, path: str) -> PreTrainedModel:
 
 
 def _initialise(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    hf_config = _build_config(config.config or {}, tokenizer)
-    _remove_noise(hf_config)
+    hf_config = model_configuration(config, tokenizer)
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     with _own_randomness(config.init_seed):
         return AutoModelForCausalLM.from_config(
@@ -263,6 +276,15 @@ def _initialise(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             attn_implementation=config.attn_implementation,
             trust_remote_code=False,
         )
+
+
+def _read_config(config: ModelConfig, path: str) -> PreTrainedConfig:
+    with _naming("path", path):
+        hf_config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, revision=config.revision, trust_remote_code=False
+        )
+    _remove_noise(hf_config)
+    return hf_config
 
 
 def _build_config(

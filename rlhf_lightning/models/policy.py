@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from rlhf_lightning.functional.logprobs import logprobs_from_logits, token_logprobs
+from rlhf_lightning.functional.logprobs import (
+    TokenStatistics,
+    logprobs_from_logits,
+    token_logprobs,
+)
+from rlhf_lightning.models.layout import Layout, packed_layout, padded_layout
+from rlhf_lightning.models.packing import enable_packing, longest_row
 
 # Fields by which configurations scale the logits; some models multiply by them, some divide.
 _SCALE_FIELDS = (
@@ -53,19 +59,29 @@ class CausalPolicy(nn.Module):
     chunks, so that ``[B, T, V]`` logits never exist. All of it happens in :meth:`forward`, so that
     sharded parameters (FSDP2) are gathered when the head needs them.
 
-    How the model turns hidden states into logits is found out on the first call, on a few tokens,
-    by comparing with the model's own logits. A head that is not a linear map with the scale and the
-    softcap that its configuration names is served by the model's full forward, with a warning.
+    Rows of different lengths are packed: laid end to end, without padding, and with a prompt that
+    several rows share read once (:mod:`rlhf_lightning.models.layout`). No row sees another, results
+    are those of padded rows up to rounding, and a micro-batch in which too little would be saved is
+    padded. With dropout, packed and padded rows draw different masks. Rows beyond the window of a
+    model's local attention are padded.
+
+    How the model turns hidden states into logits, and whether its attention can be packed, is found
+    out on the first call, on a few tokens, by comparing with the model's own logits. A head that is
+    not a linear map with the scale and the softcap that its configuration names is served by the
+    model's full forward, a model that cannot be packed by padding; with a warning each.
 
     Args:
         model: the language model, kept as ``.model``.
+        packing: pack rows where the model allows it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, packing: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.packing = packing
         self._probed = False
         self._head: LinearHead | None = None
+        self._longest_row: int | None = None
 
     def forward(
         self,
@@ -75,7 +91,8 @@ class CausalPolicy(nn.Module):
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        with_accuracy: bool = False,
+    ) -> TokenStatistics:
         """Log-probability of each token given the tokens before it.
 
         Args:
@@ -84,9 +101,11 @@ class CausalPolicy(nn.Module):
             loss_mask: ``[B, T]`` bool, the tokens that are asked about.
             temperature: divides the logits, as it did when the tokens were sampled.
             with_entropy: also return the entropy of each token's distribution.
+            with_accuracy: also return whether each token is the most likely one.
 
         Returns:
-            Log-probabilities ``[B, T]`` and entropies ``[B, T]`` or None, 0 off the loss mask.
+            Each field ``[B, T]``, 0 (False) off the loss mask, on padding and on the first token of
+            a row, which nothing predicts.
 
         Raises:
             ValueError: if the three tensors differ in shape.
@@ -96,35 +115,56 @@ class CausalPolicy(nn.Module):
                 f"input_ids {tuple(input_ids.shape)}, attention_mask {tuple(attention_mask.shape)}"
                 f" and loss_mask {tuple(loss_mask.shape)} must have the same shape [B, T]"
             )
-        # Causal attention never looks right: with its padding there a row needs no attention mask
-        # (all ones is none), positions count up from 0 and attention runs its fastest kernel.
-        to_right, back = _rotations(attention_mask)
-        input_ids, loss_mask = input_ids.gather(1, to_right), loss_mask.gather(1, to_right)
         if not self._probed:
-            self._head = self._find_head(input_ids[:1, :_PROBE_TOKENS])
-            self._probed = True
+            self._probe(input_ids)
+        loss_mask = loss_mask & (attention_mask > 0) & (attention_mask.cumsum(dim=1) > 1)
+        layout = self._layout(input_ids, attention_mask, loss_mask)
         head = self._head
         if head is None:
-            logprobs, entropy = logprobs_from_logits(
-                self.model(**_unpadded(input_ids)).logits,
+            return logprobs_from_logits(
+                self.model(**layout.inputs).logits,
                 input_ids,
                 loss_mask,
+                predictors=layout.predictors,
                 temperature=temperature,
                 with_entropy=with_entropy,
+                with_accuracy=with_accuracy,
             )
-        else:
-            logprobs, entropy = token_logprobs(
-                self.model.base_model(**_unpadded(input_ids))[0],
-                head.module.weight,
-                input_ids,
-                loss_mask,
-                head_bias=head.module.bias,
-                temperature=temperature,
-                logit_scale=head.scale,
-                softcap=head.softcap,
-                with_entropy=with_entropy,
-            )
-        return logprobs.gather(1, back), None if entropy is None else entropy.gather(1, back)
+        return token_logprobs(
+            self.model.base_model(**layout.inputs)[0],
+            head.module.weight,
+            input_ids,
+            loss_mask,
+            predictors=layout.predictors,
+            head_bias=head.module.bias,
+            temperature=temperature,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            with_entropy=with_entropy,
+            with_accuracy=with_accuracy,
+        )
+
+    def _layout(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Layout:
+        """Packed where that is possible and pays, else padded."""
+        fits = self._longest_row is None or input_ids.shape[1] <= self._longest_row
+        packed = None
+        if self.packing and fits:
+            packed = packed_layout(input_ids, attention_mask, loss_mask)
+        return packed or padded_layout(input_ids, attention_mask, loss_mask)
+
+    def _probe(self, input_ids: Tensor) -> None:
+        self._head = self._find_head(input_ids[:1, :_PROBE_TOKENS])
+        if self.packing:
+            self._longest_row = longest_row(self.model)
+            reason = enable_packing(self.model)
+            if reason is not None:
+                self.packing = False
+                warnings.warn(
+                    f"rows of {type(self.model).__name__} are padded, because {reason}. Set"
+                    " packing to false to have it so without this warning",
+                    stacklevel=3,
+                )
+        self._probed = True
 
     @torch.no_grad()
     def _find_head(self, input_ids: Tensor) -> LinearHead | None:
@@ -142,13 +182,6 @@ class CausalPolicy(nn.Module):
             stacklevel=3,
         )
         return None
-
-
-def _rotations(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Column indices ``[B, T]`` that move padding from the left to the right, and back."""
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None]
-    padding = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
-    return (columns + padding) % columns.shape[1], (columns - padding) % columns.shape[1]
 
 
 def _unpadded(input_ids: Tensor) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from rlhf_lightning.rewards._evaluation import RewardPolicy
 from rlhf_lightning.rewards._scores import NonFiniteReward, RewardError
 from rlhf_lightning.rewards.combine import RewardCombiner, ScoredRewards
 from rlhf_lightning.rewards.format import FormatReward
+from rlhf_lightning.rewards.length import OverlongPenalty
 from rlhf_lightning.rewards.math import MathReward
 from rlhf_lightning.rewards.text import completion_text
 from rlhf_lightning.rewards.workers import Outcome, WorkerPool, WorkerPoolError, WorkerResult
@@ -13,6 +14,7 @@ __all__ = [
     "MathReward",
     "NonFiniteReward",
     "Outcome",
+    "OverlongPenalty",
     "RewardCombiner",
     "RewardError",
     "RewardPolicy",

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
 from rlhf_lightning.rewards._calls import (
     AbortedError,
     EventLoop,
@@ -177,7 +179,7 @@ class Evaluation:
     def _call(self, arguments: dict[str, Any], timeout: float | None) -> Any:
         try:
             return self._call_plainly(arguments, timeout)
-        except (Exception, KeyboardInterrupt):
+        except (Exception, KeyboardInterrupt, SIGTERMException):  # the last: the run is told to stop
             raise
         except BaseException as error:  # sys.exit() of a reward is no reason to end the run
             raise AbortedError(error) from error

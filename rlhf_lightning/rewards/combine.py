@@ -124,28 +124,34 @@ class RewardCombiner:
         results = [evaluation.results() for evaluation in evaluations]
         return self._collect(results, evaluations, len(completions))
 
-    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def unusable_rows(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """Find what would fail later, when the data set is loaded.
+
+        A function may have ``unusable_rows(rows)``, which says which rows it cannot judge (``place:
+        why``), or ``check_rows(rows)``, which raises where it cannot judge them all.
 
         Args:
             rows: the data set's rows.
 
+        Returns:
+            What the functions found, by place of the row.
+
         Raises:
-            ValueError: where a function needs a column that is not there, or its own
-                ``check_rows`` refuses the rows.
+            ValueError: where a function needs a column that is not there, or refuses the rows.
         """
-        if not rows:
-            return
+        found: dict[int, str] = {}
         for name, function in zip(self.names, self.functions, strict=True):
-            missing = missing_columns(function, rows[0])
+            missing = missing_columns(function, rows[0]) if rows else []
             if missing:
                 raise ValueError(
                     f"reward function {name!r} needs {missing}, which are not among the data set's"
                     f" columns {sorted(rows[0])}"
                 )
-            check = getattr(function, "check_rows", None)
-            if check is not None:
-                check(rows)
+            if hasattr(function, "unusable_rows"):
+                found |= function.unusable_rows(rows)
+            elif hasattr(function, "check_rows"):
+                function.check_rows(rows)
+        return found
 
     def close(self) -> None:
         """End what the functions keep running."""

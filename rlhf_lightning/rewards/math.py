@@ -19,7 +19,6 @@ _OUTCOMES = {
     Outcome.CRASH: Verdict.CRASH,
     Outcome.ERROR: Verdict.CRASH,
 }
-_MAX_LISTED = 20
 
 
 class MathReward:
@@ -101,66 +100,50 @@ class MathReward:
             for row, (verdict, answer) in enumerate(zip(verdicts, answers, strict=True))
         ]
 
-    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse a data set with golds that no answer can equal. Called once, when it is loaded.
+    def unusable_rows(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """Rows with a gold that no answer can equal: empty, undefined or not readable.
 
         Args:
-            rows: the data set's rows.
+            rows: the data set's rows. One whose gold is None is another reward function's.
+
+        Returns:
+            What is wrong, by place of the row.
 
         Raises:
-            ValueError: naming the rows, by their ``id`` or ``unique_id`` where they have one.
+            ValueError: where a row lacks the column, or it is None in all of them.
         """
-        ids = [row.get("id", row.get("unique_id", index)) for index, row in enumerate(rows)]
-        missing = [row_id for row_id, row in zip(ids, rows, strict=True) if self.gold not in row]
-        if missing:
-            known = sorted(rows[ids.index(missing[0])])
+        lacking = [place for place, row in enumerate(rows) if self.gold not in row]
+        if lacking:
             raise ValueError(
-                f"{len(missing)} of {len(rows)} rows have no column {self.gold!r} (first:"
-                f" {missing[0]!r}, which has {known}). Set MathReward's gold to the column with the"
-                " reference answer"
+                f"{len(lacking)} of {len(rows)} rows have no column {self.gold!r} (first: row"
+                f" {lacking[0] + 1}, which has {sorted(rows[lacking[0]])}). Set MathReward's gold"
+                " to the column with the reference answer"
             )
-        self.check_golds([row[self.gold] for row in rows], ids)
-
-    def check_golds(self, golds: Sequence[Any], row_ids: Sequence[Any]) -> None:
-        """Refuse golds that no answer can equal: empty, undefined or not readable.
-
-        Args:
-            golds: values of the gold column; None is a row of another reward function's.
-            row_ids: what to call the rows in the error.
-
-        Raises:
-            ValueError: naming the rows and why.
-        """
+        golds = [row[self.gold] for row in rows]
+        if golds and all(gold is None for gold in golds):
+            raise ValueError(f"column {self.gold!r} is None in all {len(golds)} rows")
         bad: dict[int, str] = {}
         readable: dict[str, list[int]] = {}
-        for row, gold in enumerate(golds):
+        for place, gold in enumerate(golds):
             if gold is None:
                 continue
             text = clean(extract_gold(gold))
             if not text:
-                bad[row] = "is empty"
+                bad[place] = "is empty"
             elif decide(text, "0") in (Verdict.CORRECT, Verdict.WRONG):
                 continue
             elif decide(text, "0") is Verdict.GOLD_UNPARSEABLE or len(text) > MAX_ANSWER_CHARS:
-                bad[row] = f"is undefined or longer than {MAX_ANSWER_CHARS} characters"
+                bad[place] = f"is undefined or longer than {MAX_ANSWER_CHARS} characters"
             elif not is_explosive(text):
-                readable.setdefault(text, []).append(row)
+                readable.setdefault(text, []).append(place)
         items = [{"gold": text, "answers": []} for text in readable]
-        for rows, result in zip(readable.values(), self.pool.map(items), strict=True):
+        for places, result in zip(readable.values(), self.pool.map(items), strict=True):
             if _verdict(result) is not Verdict.CORRECT:
-                bad.update(dict.fromkeys(rows, result.error or "is not an expression"))
-        if golds and all(gold is None for gold in golds):
-            raise ValueError(f"column {self.gold!r} is None in all {len(golds)} rows")
-        if bad:
-            listed = "; ".join(
-                f"row {row_ids[row]!r}: {str(golds[row])[:60]!r} {why}"
-                for row, why in sorted(bad.items())[:_MAX_LISTED]
-            )
-            rest = f"; and {len(bad) - _MAX_LISTED} more" if len(bad) > _MAX_LISTED else ""
-            raise ValueError(
-                f"{len(bad)} of {len(golds)} golds in column {self.gold!r} cannot be read, so that"
-                f" no answer could be right. Correct or drop them: {listed}{rest}"
-            )
+                bad.update(dict.fromkeys(places, result.error or "is not an expression"))
+        return {
+            place: f"its {self.gold!r}, {str(golds[place])[:60]!r}, {bad[place]}"
+            for place in sorted(bad)
+        }
 
     def close(self) -> None:
         """End the worker processes."""

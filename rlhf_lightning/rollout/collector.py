@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.core.completions import record_completions
+from rlhf_lightning.core.completions import CATEGORY, record_completions
 from rlhf_lightning.core.metrics import PhaseMetrics
 from rlhf_lightning.functional import total_rewards
 from rlhf_lightning.rewards.combine import RewardCombiner, ScoredRewards
@@ -40,6 +40,7 @@ class RolloutCollector:
         tokenizer: reads them.
         rewards: scores them.
         sampling: how they are drawn; ``sampling.n`` completions a prompt form a group.
+        categories: values of the rows' column ``category`` that have figures of their own.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class RolloutCollector:
         tokenizer: PreTrainedTokenizerBase,
         rewards: RewardCombiner,
         sampling: SamplingParams,
+        categories: frozenset[str] = frozenset(),
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.rewards = rewards
         self.sampling = sampling
+        self.categories = categories
 
     def collect(
         self,
@@ -79,13 +82,14 @@ class RolloutCollector:
         )
         completions = [completion for group in groups for completion in group]
         owners = [i for i, group in enumerate(groups) for _ in group]
-        texts = self.tokenizer.batch_decode(
-            [completion.token_ids for completion in completions], skip_special_tokens=True
-        )
+        ids = [completion.token_ids for completion in completions]
+        # an empty batch (a rank without prompts in a round) decodes to one empty text
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
         scored = self._score(completions, [rows[i] for i in owners], texts, trainer_state)
         batch = self._batch(completions, owners, scored, version)
         samples = self._samples(completions, owners, rows, texts, scored)
-        return Rollouts(batch, samples, self._metrics(batch, scored))
+        categories = [sample.get(CATEGORY) for sample in samples]
+        return Rollouts(batch, samples, self._metrics(batch, scored, categories))
 
     def _score(
         self,
@@ -99,7 +103,9 @@ class RolloutCollector:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        columns = {name: [row[name] for row in rows] for name in reward_columns(rows[0])}
+        columns = {
+            name: [row[name] for row in rows] for name in (reward_columns(rows[0]) if rows else ())
+        }
         ids = [completion.token_ids for completion in completions]
         return self.rewards.score(prompts, said, ids, columns, trainer_state)
 
@@ -133,8 +139,11 @@ class RolloutCollector:
             rewards=scored.values,
             reward_valid=scored.valid,
             verdicts=scored.verdicts,
-            group_ids=torch.tensor(owners),
-            truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
+            group_ids=torch.tensor(owners, dtype=torch.long),
+            truncated=torch.tensor(
+                [completion.finish_reason == "length" for completion in completions],
+                dtype=torch.bool,
+            ),
             reward_names=tuple(scored.names),
             reward_weights=tuple(self.rewards.weights),
             temperature=self.sampling.temperature or 1.0,
@@ -175,11 +184,16 @@ class RolloutCollector:
                     "columns": {k: v for k, v in rows[owner].items() if k != "prompt"},
                 }
             )
+            category = rows[owner].get(CATEGORY)
+            if category is not None and str(category) in self.categories:
+                samples[-1][CATEGORY] = str(category)
         return samples
 
-    def _metrics(self, batch: RolloutBatch, scored: ScoredRewards) -> PhaseMetrics:
+    def _metrics(
+        self, batch: RolloutBatch, scored: ScoredRewards, categories: list[str | None]
+    ) -> PhaseMetrics:
         metrics = PhaseMetrics()
-        record_completions(batch, metrics)
+        record_completions(batch, metrics, categories)
         for name, value in scored.metrics.items():
             metrics.add(name, value * len(batch), len(batch))
         return metrics

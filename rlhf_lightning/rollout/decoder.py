@@ -6,6 +6,7 @@ Notation in shapes: ``R`` rows (completions in progress), ``V`` vocabulary.
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_lightning.core.distributed import world_size
+from rlhf_lightning.core.interrupt import Stopped, interrupts, uninterrupted
+from rlhf_lightning.models.packing import plain_attention
 
 _ROOM = 16  # spare columns by which a cache layer grows
 
@@ -90,7 +93,7 @@ class Decoder:
         as it hides padding, and transformers need not build a mask for every token.
         """
         plain = [layer for layer in self.cache.layers if type(layer) is DynamicLayer]
-        attention = self.model.config._attn_implementation
+        attention = plain_attention(self.model.model)
         if len(plain) < len(self.cache.layers) or attention not in ("sdpa", "eager"):
             return
         if not self.model.takes_positions:  # such a model reads positions off a mask of 0 and 1
@@ -127,6 +130,7 @@ class Lockstep:
         parameters = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self._options: dict[str, Any] = {"use_cache": True}
+        self._closed = ExitStack()
         if "logits_to_keep" in parameters:
             self._options["logits_to_keep"] = 1
 
@@ -150,10 +154,24 @@ class Lockstep:
         while self.sharded and self._anyone_working(False):
             self.model(input_ids=token, use_cache=False)
 
+    def __enter__(self) -> None:
+        """A sharded model is interrupted between two calls, in all ranks alike."""
+        if self.sharded:
+            self._closed.enter_context(uninterrupted())
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.close()
+
     def _anyone_working(self, working: bool) -> bool:
-        count = torch.tensor(int(working), device=self.device)
+        """Whether any rank is; raises in all of them where one was told to stop."""
+        stop = interrupts.reason is not None
+        count = torch.tensor([int(working), int(stop)], device=self.device)
         dist.all_reduce(count)
-        return bool(count)
+        anyone, stops = count.tolist()
+        if stops:
+            interrupts.tell(Stopped())
+            interrupts.check()
+        return bool(anyone)
 
 
 class _RoomyLayer(DynamicLayer):

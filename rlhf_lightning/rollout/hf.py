@@ -5,6 +5,7 @@ Notation in shapes: ``R`` rows (completions in progress).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,13 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf_lightning.core.modes import eval_mode
 from rlhf_lightning.models.loading import context_length, embedding_rows, eos_token_ids
+from rlhf_lightning.models.modes import eval_mode
 from rlhf_lightning.rollout.decoder import Decoder, Lockstep
 from rlhf_lightning.rollout.engine import RolloutEngine, check_request
 from rlhf_lightning.rollout.sampling import draw, uniforms
 from rlhf_lightning.types import Completion, ProgressFn, SamplingParams
 
+_REPORT_EVERY = 0.25  # seconds; also where no row has finished, as a sign of life
 _COMPACT_BELOW = 0.8  # drop finished rows once no more than this share is still running
 
 
@@ -100,7 +102,7 @@ class HFEngine(RolloutEngine):
         stops = tuple(sorted({*self._eos, *sampling.stop_token_ids}))
         lockstep = Lockstep(model)
         completions: dict[tuple[int, int], Completion] = {}
-        with torch.no_grad(), eval_mode(model):
+        with torch.no_grad(), eval_mode(model), lockstep:
             for chunk in self._chunks(rows, sampling.max_new_tokens):
                 done = len(completions)
                 loop = _SamplingLoop(lockstep, chunk, sampling, stops)
@@ -184,21 +186,23 @@ class _SamplingLoop:
         self.uniforms = uniforms(seeds, samples, length).T.contiguous().to(model.device)
 
     def run(self) -> Iterator[int]:
-        """Sample to the end; yields how many rows are finished each time that more are."""
+        """Sample to the end; yields how many rows are finished: when more are, and now and then."""
         limit = self.sampling.max_new_tokens
         state = Decoder(self.model, [row.prompt for row in self.rows], limit)
         alive = torch.arange(len(self.rows), device=self.model.device)
         finished = torch.zeros_like(alive, dtype=torch.bool)
-        reported = 0
+        reported, next_report = 0, time.monotonic() + _REPORT_EVERY
         for step in range(limit):
             token, logprob = draw(state.logits, self.sampling, self.uniforms[step, alive])
             self.tokens[step, alive] = token
             self.logprobs[step, alive] = logprob.double()
             finished |= torch.isin(token, self.stops)
             running = 0 if step + 1 == limit else len(alive) - int(finished.sum())
-            if len(self.rows) - running > reported:
-                reported = len(self.rows) - running
-                yield reported
+            done = len(self.rows) - running
+            if done > reported or time.monotonic() >= next_report:
+                reported = done
+                yield done
+                next_report = time.monotonic() + _REPORT_EVERY
             if running == 0:
                 return
             if running <= _COMPACT_BELOW * len(alive):

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from tiny import Sums, grpo, quiet_trainer, rollouts, tiny_model
 
 from rlhf_lightning.algorithms import GRPOModule, KLConfig
-from rlhf_lightning.data import PromptLimits, PromptSource, ValidationConfig
+from rlhf_lightning.data import PromptFilters, PromptSource, ValidationConfig
 from rlhf_lightning.rewards import NonFiniteReward, RewardError, RewardPolicy
 from rlhf_lightning.types import RewardResult, Verdict
 
@@ -151,9 +151,9 @@ def test_long_prompts_can_be_dropped_with_a_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [*Sums(4).load(), {"prompt": "1+" * 40, "completion": "", "answer": ""}]
-    data = rollouts(prompts=Rows(rows), prompt_limits=PromptLimits(too_long="drop"))
+    data = rollouts(prompts=Rows(rows), filters=PromptFilters(too_long="drop"))
     quiet_trainer(tmp_path, max_epochs=1).fit(grpo(), data)
-    assert "1 of 5 dropped too long" in capsys.readouterr().out
+    assert "train prompts: 1 of 5 dropped: too long (row 5)" in capsys.readouterr().out
 
 
 def test_bad_validation_prompts_are_found_before_training(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def ratios(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_the_ratio_is_exactly_1_in_the_first_step_of_every_phase(
     precision: str, aggregation: str, ratios: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    module = grpo(policy_loss=PolicyLossConfig(aggregation=aggregation))
+    how = PolicyLossConfig(aggregation=aggregation, mask_truncated=aggregation == "token")
+    module = grpo(policy_loss=how)
     data = rollouts(steps=2, update_epochs=2)
     trainer = quiet_trainer(tmp_path, max_epochs=3, accumulate_grad_batches=2, precision=precision)
     trainer.fit(module, data)
@@ -65,18 +66,21 @@ def test_the_ratio_is_exactly_1_in_the_first_step_of_every_phase(
         assert any((ratio != 1).any() for ratio in later)
 
 
-def test_gradients_do_not_depend_on_how_a_step_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_gradients_do_not_depend_on_how_a_step_is_cut(packing: bool, tmp_path: Path) -> None:
     ends = []
     for parts in (1, 2, 4):
-        module = grpo(optimizer=sgd)
+        module = grpo(optimizer=sgd, packing=packing)
         trainer = quiet_trainer(
             tmp_path, max_epochs=2, accumulate_grad_batches=parts, precision="64-true"
         )
         trainer.fit(module, rollouts(steps=2))
         ends.append(weights(module))
+    # a packed row sees other shapes in other cuts, and Llama's norm is float32 in any model
+    tolerance = {"rtol": 0, "atol": 1e-7} if packing else {"rtol": 1e-10, "atol": 1e-12}
     for end in ends[1:]:
         for name, value in ends[0].items():
-            torch.testing.assert_close(end[name], value, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(end[name], value, **tolerance)
 
 
 def test_at_learning_rate_0_nothing_drifts(tmp_path: Path) -> None:
@@ -135,6 +139,10 @@ def test_without_a_kl_penalty_there_is_no_reference(tmp_path: Path) -> None:
         {"policy_loss": PolicyLossConfig(aggregation="token", clip_high=0.28, dual_clip=3.0)},
         {"policy_loss": PolicyLossConfig(aggregation="constant", max_completion_length=4)},
         {"policy_loss": PolicyLossConfig(ratio="sequence", clip_low=3e-4, clip_high=4e-4)},
+        {"policy_loss": PolicyLossConfig(objective="cispo", aggregation="token")},
+        {"policy_loss": PolicyLossConfig(entropy_coef=1e-3)},
+        {"importance_sampling": {"mode": "mask", "level": "sequence"}},
+        {"reference": {"refresh_every": 5}},
         {"kl": KLConfig(coef=0.05, placement="reward")},
         {"kl": KLConfig(coef=0.05, estimator="k2")},
     ],
@@ -417,12 +425,19 @@ def test_a_second_run_counts_from_zero(tmp_path: Path) -> None:
 
 
 def test_hyperparameters_are_plain_and_rebuild_the_module(tmp_path: Path) -> None:
-    module = grpo(kl=KLConfig(coef=0.3), policy_loss=PolicyLossConfig(clip_high=0.5))
+    module = grpo(
+        kl=KLConfig(coef=0.3),
+        policy_loss=PolicyLossConfig(clip_high=0.5),
+        reference={"refresh_every": 2},
+        importance_sampling={"cap": 3.0},
+    )
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, rollouts())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     found = GRPOModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert found.kl == module.kl
     assert found.policy_loss == module.policy_loss
+    assert found.reference == module.reference
+    assert found.importance_sampling == module.importance_sampling
     for name, value in module.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)

@@ -151,10 +151,110 @@ def test_train_loss_is_logged_per_step_over_all_its_tokens(tmp_path: Path) -> No
     assert ends[1] == pytest.approx(ends[0], rel=1e-5)
 
 
+class Figures(DummyLogger):
+    """Keeps the figures that are logged once an optimizer step, and once an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[dict[str, float]] = []
+        self.epochs: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        kept = self.steps if "train/loss" in metrics else self.epochs
+        kept.append({name: float(value) for name, value in metrics.items()})
+
+
+def logged(tmp_path: Path, **options: Any) -> Figures:
+    memory = Figures()
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=2, logger=memory, log_every_n_steps=1, precision="64-true", **options
+    )
+    trainer.fit(sft(optimizer=sgd, log_entropy=True), sequences(batch_size=50, validation=Sums(10)))
+    return memory
+
+
+def test_figures_are_those_of_the_whole_step_and_epoch(tmp_path: Path) -> None:
+    whole, cut = logged(tmp_path), logged(tmp_path, accumulate_grad_batches=4)
+    assert len(whole.steps) == 4
+    for a, b in zip(whole.steps + whole.epochs, cut.steps + cut.epochs, strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
+    ends = [row for row in whole.epochs if "train/loss_epoch" in row]
+    for epoch, end in enumerate(ends):
+        losses = [row["train/loss"] for row in whole.steps[2 * epoch : 2 * epoch + 2]]
+        assert end["train/loss_epoch"] == pytest.approx(sum(losses) / 2)
+    assert len(ends) == 2
+    tokens = sum(len(f"{r['prompt']}{r['completion']}") + 1 for r in Sums().load())
+    seen = [row["train/num_tokens"] for row in whole.steps]
+    assert seen == sorted(seen)
+    assert (seen[1], seen[3]) == (tokens, 2 * tokens)
+    held_out = sum(len(f"{r['prompt']}{r['completion']}") + 1 for r in Sums(10).load())
+    assert [row["eval/num_tokens"] for row in whole.epochs if "eval/loss" in row] == [held_out] * 2
+
+
+def test_accuracy_and_entropy_are_those_of_the_logits() -> None:
+    module = sft(log_entropy=True)
+    module.configure_model()
+    batch = SequenceBatch(
+        input_ids=torch.tensor([[5, 6, 7, 8, 0], [5, 6, 7, 8, 9]]),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
+        loss_mask=torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 1, 1]]).bool(),
+        loss_denominator=5.0,
+    )
+    with torch.no_grad():
+        logits = module.language_model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    predicted = logits[:, :-1].argmax(-1)
+    batch.input_ids[1, 3:] = predicted[1, 2]  # right at one place, whatever the model
+    with torch.no_grad():
+        logits = module.language_model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    marked = batch.loss_mask[:, 1:]
+    log_p = logits[:, :-1].log_softmax(-1)
+    accuracy = (log_p.argmax(-1) == batch.input_ids[:, 1:])[marked].double().mean()
+    entropy = -(log_p.exp() * log_p).sum(-1)[marked].mean()
+    loss = -log_p.gather(-1, batch.input_ids[:, 1:, None])[..., 0][marked].mean()
+    module.training_step(batch, 0)
+    module.evaluation_step(batch)
+    assert accuracy > 0
+    expected = {"loss": loss, "mean_token_accuracy": accuracy, "entropy": entropy}
+    for name, value in expected.items():
+        assert module.phase_metrics.compute()[f"train/{name}_epoch"] == pytest.approx(float(value))
+        assert module.evaluation_metrics.compute()[name] == pytest.approx(float(value))
+    assert module.evaluation_metrics.compute()["num_tokens"] == 9
+
+
+@pytest.mark.parametrize("where", ["between its micro-batches", "in the optimizer"])
+def test_tokens_of_a_step_that_is_done_again_are_not_counted_twice(
+    where: str, tmp_path: Path
+) -> None:
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 3 and where == "between its micro-batches":
+                raise KeyError("stopped by the test")
+
+    class Fails(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            if len(collect.batches) == 3 and where == "in the optimizer":
+                raise KeyError("stopped by the test")
+
+    class Save(Callback):
+        def on_exception(self, trainer, pl_module, exception) -> None:
+            trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    collect = Collect()
+    callbacks = [collect, Stop(), Save()]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=callbacks)
+    module = sft(optimizer=lambda params: Fails(params, lr=0.1))
+    with pytest.raises(KeyError):
+        trainer.fit(module, sequences(batch_size=20))
+    assert len(collect.batches) == 3
+    saved = torch.load(tmp_path / "stopped.ckpt")["num_tokens"]
+    assert saved == sum(int(batch.attention_mask.sum()) for batch in collect.batches[:2])
+
+
 def test_it_learns_sums_of_digits(tmp_path: Path) -> None:
     data = sequences(batch_size=25, validation=Sums(50))
     trainer = quiet_trainer(tmp_path, max_epochs=150, check_val_every_n_epoch=150)
-    trainer.fit(sft(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)), data)
+    trainer.fit(sft(optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3)), data)
     found = float(trainer.callback_metrics["eval/loss"])
     (validated,) = trainer.validate(datamodule=data, model=trainer.lightning_module, verbose=False)
     assert found < 0.1

@@ -246,10 +246,30 @@ def test_a_crash_in_training_keeps_its_traceback(grpo_file: str) -> None:
         main(["fit", "--config", grpo_file, f"--trainer.callbacks+={__name__}.Crash"])
 
 
-def test_sigterm_is_no_success(grpo_file: str) -> None:
+def test_sigterm_is_no_success_and_last_goes_on_from_there(
+    grpo_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config", grpo_file, "--trainer.logger=CSVLogger"]
+    command += ["--trainer.logger.save_dir=logs", "--trainer.enable_checkpointing=true"]
     with pytest.raises(SystemExit) as exit:
-        main(["fit", "--config", grpo_file, f"--trainer.callbacks+={__name__}.Terminate"])
+        main([*command, f"--trainer.callbacks+={__name__}.Terminate"])
     assert exit.value.code == 128 + signal.SIGTERM
+    assert "stopped at step 1; go on with ckpt_path=" in capsys.readouterr().err
+    cli = run_trainer([*command, "--ckpt_path=last", f"--trainer.callbacks+={__name__}.Steps"])
+    (steps,) = [c.steps for c in cli.trainer.callbacks if isinstance(c, Steps)]
+    assert steps == [1]
+
+
+class Steps(RolloutCallback):
+    """Which steps a run does."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps.append(trainer.global_step)
 
 
 class Crash(RolloutCallback):

@@ -49,6 +49,34 @@ def test_means_counts_and_lengths() -> None:
     )
 
 
+def test_categories_have_figures_of_their_own() -> None:
+    alone, told = PhaseMetrics(), PhaseMetrics()
+    record_completions(scored_batch([True, True, True, False]), alone)
+    record_completions(scored_batch([True, True, True, False]), told, ["a", "b", "a", "c"])
+    found = told.compute()
+    own = {name: value for name, value in found.items() if not name.startswith("category/")}
+    assert own == alone.compute()
+    assert {name: value for name, value in found.items() if name not in own} == pytest.approx(
+        {
+            "category/a/reward": 2.0,
+            "category/a/rewards/missing": 1.0,
+            "category/a/rewards/math/mean": 1.0,
+            "category/a/rewards/length/mean": 2.0,
+            "category/a/accuracy": 1.0,
+            "category/a/completions/mean_length": 2.5,
+            "category/a/completions/clipped_ratio": 0.5,
+            "category/b/reward": 2.0,
+            "category/b/rewards/missing": 0.0,
+            "category/b/rewards/math/mean": 0.0,
+            "category/b/rewards/length/mean": 4.0,
+            "category/b/accuracy": 0.0,
+            "category/b/completions/mean_length": 1.0,
+            "category/b/completions/clipped_ratio": 0.0,
+            "category/c/rewards/missing": 0.0,  # its one row only keeps ranks in step
+        }
+    )
+
+
 def test_rows_that_only_keep_step_are_not_counted() -> None:
     metrics = PhaseMetrics()
     record_completions(scored_batch([True, False, False, True]), metrics)

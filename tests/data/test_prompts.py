@@ -11,11 +11,13 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_lightning.data.chat import ChatOptions
+from rlhf_lightning.data.filters import PromptFilters
 from rlhf_lightning.data.prompts import PromptFile, encode_prompts
 from rlhf_lightning.data.transforms import gsm8k_gold, number_as_text
 from rlhf_lightning.models.tokenizers import character_tokenizer
 
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
+DROP = PromptFilters(too_long="drop")
 
 
 @pytest.fixture
@@ -217,7 +219,7 @@ def test_one_token_is_a_prompt_and_none_is_an_error(
     assert text_of(tokenizer, [{"prompt": "a"}]) == ["a"]
     assert text_of(bos_tokenizer, [{"prompt": ""}]) == ["<s>"]
     with pytest.raises(ValueError, match="row 2: its prompt '' has no tokens"):
-        encode_prompts([{"prompt": "a"}, {"prompt": ""}], tokenizer, too_long="drop")
+        encode_prompts([{"prompt": "a"}, {"prompt": ""}], tokenizer, filters=DROP)
 
 
 @pytest.mark.parametrize(
@@ -235,20 +237,22 @@ def test_long_prompts_are_counted_or_refused(
     tokenizer: PreTrainedTokenizerFast, limits: dict[str, int], kept: int
 ) -> None:
     rows = [{"prompt": "abcd"}, {"prompt": "ab"}, {"prompt": "abc"}]
-    encoded, counts = encode_prompts(rows, tokenizer, too_long="drop", **limits)
+    maximum = limits.pop("max_prompt_length", None)
+    drop = PromptFilters(maximum, too_long="drop")
+    encoded, report = encode_prompts(rows, tokenizer, filters=drop, **limits)
     limit = [4, 3, 2][3 - kept]
     assert [p.row["prompt"] for p in encoded] == [
         r["prompt"] for r in rows if len(r["prompt"]) <= limit
     ]
-    assert counts["dropped_too_long"] == 3 - kept
+    assert len(report["dropped_too_long"]) == 3 - kept
     if kept < 3:
         with pytest.raises(ValueError, match=rf"{3 - kept} of 3 prompts \(rows? 1.*longest has 4"):
-            encode_prompts(rows, tokenizer, **limits)
+            encode_prompts(rows, tokenizer, filters=PromptFilters(maximum), **limits)
 
 
 def test_a_set_of_which_nothing_is_left_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="none of 1 prompts is left"):
-        encode_prompts([{"prompt": "abc"}], tokenizer, max_prompt_length=2, too_long="drop")
+        encode_prompts([{"prompt": "abc"}], tokenizer, filters=PromptFilters(2, "drop"))
     with pytest.raises(ValueError, match="leaves no room for a prompt"):
         encode_prompts([{"prompt": "a"}], tokenizer, context_length=8, max_new_tokens=8)
 
@@ -277,11 +281,11 @@ def test_control_tokens_spelled_in_text_never_become_ids(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b<eos>c"}, {"prompt": "<pad>"}]
-    with pytest.raises(ValueError, match=r"2 rows \(rows 2, 3\) spell a control token .*'<eos>'"):
-        encode_prompts(rows, tokenizer)
-    encoded, counts = encode_prompts(rows, tokenizer, chat=ChatOptions(special_tokens="drop"))
+    with pytest.raises(ValueError, match=r"2 rows: rows 2, 3 spell a control token .*'<eos>'"):
+        encode_prompts(rows, tokenizer, chat=ChatOptions(special_tokens="error"))
+    encoded, report = encode_prompts(rows, tokenizer, chat=ChatOptions(special_tokens="drop"))
     assert [p.row["prompt"] for p in encoded] == ["a"]
-    assert counts["dropped_special_tokens"] == 2
+    assert report["dropped_special_tokens"] == [1, 2]
     encoded, _ = encode_prompts(rows, tokenizer, chat=ChatOptions(special_tokens="allow"))
     assert encoded[1].ids[1] == tokenizer.eos_token_id
 
@@ -294,10 +298,10 @@ def test_gsm8k_is_encoded_whole_and_fast(shared_data: Path) -> None:
         transforms=[gsm8k_gold],
     ).load()
     started = time.process_time()
-    encoded, counts = encode_prompts(rows, tokenizer, context_length=1024, max_new_tokens=256)
+    encoded, report = encode_prompts(rows, tokenizer, context_length=1024, max_new_tokens=256)
     assert time.process_time() - started < 10  # about 1 s; a row at a time takes several times that
     assert len(encoded) == 7473
-    assert not any(counts.values())
+    assert not any(report.values())
     assert all(float(row["answer"]) == int(row["answer"]) for row in rows)
     for prompt in encoded[::1000]:
         assert tokenizer.decode(prompt.ids) == prompt.row["prompt"]

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.data import PromptFile
+from rlhf_lightning.data.chat import ChatOptions
 from rlhf_lightning.data.prompts import encode_prompts
 from rlhf_lightning.data.sequences import encode_sequences
 from rlhf_lightning.models.tokenizers import character_tokenizer
 
+REFUSE = ChatOptions(special_tokens="error")
 TOKENIZER = character_tokenizer("0123456789+=")
 
 
@@ -42,12 +44,12 @@ def test_characters_without_a_token_are_named() -> None:
 )
 def test_a_control_token_out_of_its_place_is_refused(row: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="spell a control token"):
-        encode_sequences([row], TOKENIZER)
+        encode_sequences([row], TOKENIZER, chat=REFUSE)
 
 
 def test_a_prompt_that_ends_its_own_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="spell a control token"):
-        encode_prompts([{"prompt": "1+1=<eos>"}], TOKENIZER)
+        encode_prompts([{"prompt": "1+1=<eos>"}], TOKENIZER, chat=REFUSE)
 
 
 def test_an_eos_in_its_place_is_the_one() -> None:

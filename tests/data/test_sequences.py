@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.data.chat import ChatOptions
 from rlhf_lightning.data.prompts import PromptFile, encode_prompts
 from rlhf_lightning.data.sequences import CHUNK, encode_sequences
-from rlhf_lightning.data.tokens import encode_continuations
+from rlhf_lightning.data.text_encoder import TextEncoder
 from rlhf_lightning.models.tokenizers import character_tokenizer
 
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
@@ -141,23 +142,23 @@ def test_a_row_that_is_cut_gets_no_eos(tokenizer: PreTrainedTokenizerFast) -> No
     encoded, counts = encode_sequences(rows, tokenizer, max_length=5)
     assert [tokenizer.decode(row.input_ids) for row in encoded] == ["abcde", "abc<eos>"]
     assert encoded[0].loss_mask == [False, False, True, True, True]
-    assert counts["truncated"] == 1
+    assert counts["truncated"] == [0]
 
 
 def test_an_eos_that_just_fits_stays(tokenizer: PreTrainedTokenizerFast) -> None:
     (row,), counts = encode_sequences([{"text": "abcd"}], tokenizer, max_length=5)
     assert row.input_ids[-1] == EOS
-    assert counts["truncated"] == 0
+    assert counts["truncated"] == []
     (row,), counts = encode_sequences([{"text": "abcd"}], tokenizer, max_length=4)
     assert tokenizer.decode(row.input_ids) == "abcd"
-    assert counts["truncated"] == 1
+    assert counts["truncated"] == [0]
 
 
 def test_rows_that_nothing_is_left_of_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "abcde", "completion": "f"}, {"text": "ab"}]
     encoded, counts = encode_sequences(rows, tokenizer, max_length=4)
     assert [tokenizer.decode(row.input_ids) for row in encoded] == ["ab<eos>"]
-    assert (counts["dropped_untrained"], counts["truncated"]) == (1, 0)
+    assert (counts["dropped_untrained"], counts["truncated"]) == ([0], [])
     with pytest.raises(ValueError, match="none of 1 rows is left"):
         encode_sequences(rows[:1], tokenizer, max_length=4)
 
@@ -166,7 +167,7 @@ def test_long_rows_can_be_dropped_or_refused(tokenizer: PreTrainedTokenizerFast)
     rows = [{"text": "abcdefgh"}, {"text": "ab"}]
     encoded, counts = encode_sequences(rows, tokenizer, max_length=4, too_long="drop")
     assert [tokenizer.decode(row.input_ids) for row in encoded] == ["ab<eos>"]
-    assert counts["dropped_too_long"] == 1
+    assert counts["dropped_too_long"] == [0]
     with pytest.raises(ValueError, match=r"1 of 2 rows \(row 1\) .* 4 tokens .*longest has 9"):
         encode_sequences(rows, tokenizer, max_length=4, too_long="error")
 
@@ -186,19 +187,22 @@ def test_long_rows_can_be_dropped_or_refused(tokenizer: PreTrainedTokenizerFast)
         ({"text": ""}, "row 2: nothing in it would be trained"),
         ({"prompt": "", "completion": "a"}, "row 2: its prompt has no tokens"),
         ({"text": "a\udc80"}, "row 2: its text holds half a character"),
-        ({"text": "a<eos>b"}, r"1 rows \(row 2\) spell a control token of the tokenizer"),
-        ({"text": "a<pad>"}, r"1 rows \(row 2\) spell a control token of the tokenizer"),
-        ({"prompt": "a", "completion": "<eos>b"}, r"\(row 2\) spell a control token"),
+        ({"text": "a<eos>b"}, r"1 rows: row 2 spell a control token \('<eos>'\)"),
+        ({"text": "a<pad>"}, r"1 rows: row 2 spell a control token"),
+        ({"prompt": "a", "completion": "<eos>b"}, r"row 2 spell a control token"),
     ],
 )
 def test_bad_rows_are_named(tokenizer: PreTrainedTokenizerFast, row: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        encode_sequences([{"text": "fine"}, row], tokenizer)
+        encode_sequences(
+            [{"text": "fine"}, row], tokenizer, chat=ChatOptions(special_tokens="error")
+        )
 
 
 def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="too_long is 'cut'"):
-        encode_sequences([], tokenizer, too_long="cut")
+    for option in ("too_long", "duplicates"):
+        with pytest.raises(ValueError, match=f"{option} is 'cut'"):
+            SFTDataModule(PromptFile("rows.jsonl"), **{option: "cut"})
     with pytest.raises(ValueError, match="max_length is 1"):
         encode_sequences([], tokenizer, max_length=1)
     none = character_tokenizer(PRINTABLE)
@@ -251,4 +255,6 @@ def test_llama_adds_one_bos_and_no_space(shared_data: Path) -> None:
     ((ids, loss_mask),), _ = encode_sequences([row], llama)
     assert ids.count(llama.bos_token_id) == 1
     assert llama.decode(ids, skip_special_tokens=True).strip() == "Once upon a time"
-    assert loss_mask.count(True) == len(encode_continuations(llama, ["time"])[0]) + 1
+    assert (
+        loss_mask.count(True) == len(TextEncoder(llama, inert=True).continuations(["time"])[0]) + 1
+    )

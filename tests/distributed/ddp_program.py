@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import Sums, grpo, quiet_trainer, rollouts, sequences, sft, tiny_model
+from tiny import ScriptedEngine, Sums, grpo, quiet_trainer, rollouts, sequences, sft
 
-from rlhf_lightning.algorithms import AdvantageConfig, GRPOModule, PolicyLossConfig
-from rlhf_lightning.data import PhaseConfig, ValidationConfig
-from rlhf_lightning.rollout.engine import RolloutEngine
-from rlhf_lightning.types import Completion
-
-
-class ScriptedEngine(RolloutEngine):
-    """Completions that follow from the prompt's seed alone, of very different lengths."""
-
-    def bind(self, model: Any, tokenizer: Any) -> None:
-        self.version = 0
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Any,
-        *,
-        seeds: Sequence[int],
-        on_progress: Any = None,
-    ) -> list[list[Completion]]:
-        groups = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            draw, group = random.Random(seed), []
-            for _ in range(sampling.n):
-                length = draw.choice([1, 1, 2, 12])
-                ids = [draw.randrange(3, 13) for _ in range(length)]
-                group.append(Completion(list(prompt), ids, [-1.0] * length, "length"))
-            groups.append(group)
-        return groups
-
-    def update_weights(self, named_parameters: Iterable, version: int) -> None:
-        self.version = version
-
-    def close(self) -> None:
-        pass
+from rlhf_lightning.algorithms import AdvantageConfig, PolicyLossConfig
+from rlhf_lightning.data import PhaseConfig, PromptMixture, ValidationConfig
+from rlhf_lightning.data.phase import DynamicSampling
+from rlhf_lightning.data.samplers import LearnabilitySampler
+from rlhf_lightning.types import SamplingParams
 
 
 def ragged_reward(completions: list[str], **kwargs: Any) -> list[float | None]:
@@ -57,8 +25,30 @@ def ragged_reward(completions: list[str], **kwargs: Any) -> list[float | None]:
     ]
 
 
+def has_a_seven(completions: list[str], **kwargs: Any) -> list[float]:
+    """Often the same for a whole group."""
+    return [float("7" in text) for text in completions]
+
+
+def scripted() -> Any:
+    return rollouts(
+        engine=ScriptedEngine(),
+        rewards=[ragged_reward],
+        phase=PhaseConfig(prompts=6, steps=1, update_epochs=2),
+        validation=ValidationConfig(Sums(7), batch_size=3),
+    )
+
+
 def make(mode: str) -> tuple[Any, Any, dict[str, Any]]:
     sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.5)}
+    if mode == "grpo-options":
+        options = {
+            "policy_loss": {"objective": "cispo", "mask_truncated": True, "entropy_coef": 0.01},
+            "importance_sampling": {"mode": "mask", "cap": 1.0, "floor": 0.2},
+            "reference": {"ema_decay": 0.5},
+            **sgd,
+        }
+        return grpo(**options), scripted(), {"max_epochs": 2, "accumulate_grad_batches": 2}
     if mode.startswith("grpo"):
         aggregation = mode.removeprefix("grpo-")
         how = PolicyLossConfig(
@@ -66,21 +56,35 @@ def make(mode: str) -> tuple[Any, Any, dict[str, Any]]:
         )
         scale = AdvantageConfig(scale="batch") if aggregation == "token" else None
         options = {"policy_loss": how, "advantage": scale, **sgd}
+        return grpo(**options), scripted(), {"max_epochs": 2, "accumulate_grad_batches": 2}
+    if mode == "dynamic":
+        phase = PhaseConfig(6, update_epochs=2, dynamic_sampling=DynamicSampling(max_rounds=4))
         data = rollouts(
+            prompts=PromptMixture({"few": Sums(9), "many": Sums()}, {"few": 1.0, "many": 2.0}),
             engine=ScriptedEngine(),
-            rewards=[ragged_reward],
-            phase=PhaseConfig(prompts=6, steps=1, update_epochs=2),
-            validation=ValidationConfig(Sums(7), batch_size=3),
+            rewards=[has_a_seven],
+            phase=phase,
+            sampler=LearnabilitySampler(),
         )
-        return grpo(**options), data, {"max_epochs": 2, "accumulate_grad_batches": 2}
+        return grpo(**sgd), data, {"max_epochs": 4, "accumulate_grad_batches": 2}
     if mode == "sft":
         return (
-            sft(**sgd),
-            sequences(validation=Sums(7)),
+            sft(log_entropy=True, **sgd),
+            sequences(
+                dataset=PromptMixture({"few": Sums(9), "many": Sums()}, {"few": 1.0, "many": 2.0}),
+                validation=Sums(7),
+            ),
             {"max_epochs": 2, "accumulate_grad_batches": 2},
         )
+    module = grpo(reference={"ema_decay": 0.5})
+    if mode == "resume-dynamic":
+        data = rollouts(
+            sampling=SamplingParams(n=2, max_new_tokens=4),
+            phase=PhaseConfig(4, 2, 2, dynamic_sampling=DynamicSampling(max_rounds=3)),
+            sampler=LearnabilitySampler(),
+        )
+        return module, data, {"max_epochs": 3}
     assert mode == "resume"
-    module = GRPOModule(tiny_model(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     return module, rollouts(steps=2, update_epochs=2), {"max_epochs": 3}
 
 
@@ -91,13 +95,13 @@ def main() -> None:
     seed_everything(0 if checkpoint is None else 5, verbose=False)
     module, data, options = make(mode)
     callbacks = []
-    if mode == "resume":
+    if mode.startswith("resume"):
         callbacks = [ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)]
     trainer = quiet_trainer(
         folder,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        precision="32-true" if mode == "resume" else "64-true",
+        precision="32-true" if mode.startswith("resume") else "64-true",
         callbacks=callbacks,
         **options,
     )

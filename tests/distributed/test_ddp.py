@@ -35,7 +35,9 @@ def launch(folder: Path, mode: str, devices: int, *arguments: str) -> dict[str, 
     return torch.load(folder / ("resumed.pt" if arguments else "end.pt"))
 
 
-@pytest.mark.parametrize("mode", ["grpo-token", "grpo-sequence", "grpo-constant", "sft"])
+@pytest.mark.parametrize(
+    "mode", ["grpo-token", "grpo-sequence", "grpo-constant", "grpo-options", "dynamic", "sft"]
+)
 def test_two_processes_give_the_gradients_and_figures_of_one(mode: str, tmp_path: Path) -> None:
     one = launch(tmp_path / "one", mode, 1)
     two = launch(tmp_path / "two", mode, 2)
@@ -48,10 +50,11 @@ def test_two_processes_give_the_gradients_and_figures_of_one(mode: str, tmp_path
             assert two["figures"][name] == pytest.approx(value, rel=1e-6), name
 
 
-def test_two_processes_resume_exactly_from_the_middle_of_a_phase(tmp_path: Path) -> None:
-    whole = launch(tmp_path, "resume", 2)
+@pytest.mark.parametrize("mode", ["resume", pytest.param("resume-dynamic", marks=pytest.mark.slow)])
+def test_two_processes_resume_exactly_from_the_middle_of_a_phase(mode: str, tmp_path: Path) -> None:
+    whole = launch(tmp_path, mode, 2)
     for step in (3, 6):
-        resumed = launch(tmp_path, "resume", 2, str(tmp_path / f"step={step}.ckpt"))
+        resumed = launch(tmp_path, mode, 2, str(tmp_path / f"step={step}.ckpt"))
         assert resumed["step"] == whole["step"] == 12
         for name, value in whole["weights"].items():
             assert torch.equal(resumed["weights"][name], value), name

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rlhf_lightning import functional
 from rlhf_lightning.functional import logprobs as module
-from rlhf_lightning.functional import logprobs_from_logits, token_logprobs
 
 VOCABULARY, HIDDEN, ROWS, TOKENS = 31, 8, 3, 6
 HEADS = {
@@ -19,6 +19,16 @@ HEADS = {
     "softcap": {"softcap": 2.0},
     "all": {"temperature": 1.3, "logit_scale": 1.7, "softcap": 1.5},
 }
+
+
+def token_logprobs(*args, **options):
+    """Log-probabilities and entropies."""
+    return functional.token_logprobs(*args, **options)[:2]
+
+
+def logprobs_from_logits(*args, **options):
+    """Log-probabilities and entropies."""
+    return functional.logprobs_from_logits(*args, **options)[:2]
 
 
 @pytest.fixture
@@ -156,6 +166,28 @@ def test_the_forward_pass_is_bitwise_the_same_without_gradients(chunk_size, with
     with torch.no_grad():
         without = token_logprobs(**inputs, **options)[0]
     assert torch.equal(with_grad, without)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 100])
+@pytest.mark.parametrize("head", HEADS)
+def test_accuracy_is_whether_the_token_is_the_argmax(head, chunk_size):
+    inputs = make_inputs()
+    logits = F.linear(inputs["hidden"], inputs["head_weight"], inputs["head_bias"])
+    best = F.pad(logits.argmax(-1)[:, :-1], (1, 0))
+    inputs["input_ids"] = torch.where(torch.rand(ROWS, TOKENS) < 0.5, best, inputs["input_ids"])
+    expected = (inputs["input_ids"] == best) & inputs["loss_mask"]
+    assert 0 < expected.sum() < inputs["loss_mask"].sum()
+    options = {"with_accuracy": True, **HEADS[head]}
+    found = functional.token_logprobs(**inputs, chunk_size=chunk_size, **options)
+    assert found.entropy is None
+    assert torch.equal(found.correct, expected)
+    ids, loss_mask = inputs["input_ids"], inputs["loss_mask"]
+    full = functional.logprobs_from_logits(logits, ids, loss_mask, with_accuracy=True)
+    assert torch.equal(full.correct, expected)
+    found.logprobs.sum().backward()  # a flag among the outputs does not disturb the gradient
+    whole = make_inputs()
+    token_logprobs(**{**whole, "input_ids": ids}, **HEADS[head])[0].sum().backward()
+    torch.testing.assert_close(inputs["hidden"].grad, whole["hidden"].grad)
 
 
 def saved_numels(chunk_size):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -99,6 +102,33 @@ def test_every_written_record_survives_kill_9(tmp_path: Path) -> None:
     assert steps[:-1] == list(range(len(steps) - 1))
     assert len(steps) - 1 >= reported + 1
     assert steps[-1] == "next"
+
+
+class FullDisk(io.FileIO):
+    """Takes a few bytes more, some at a time, and then none."""
+
+    room = 25
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = min(self.room, 10)
+        self.room -= taken
+        return super().write(bytes(data[:taken])) or 0
+
+
+def test_records_that_do_not_fit_leave_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with JsonlWriter(path) as log:
+        log.write({"a": 1})
+        log._file = FullDisk(path, "ab")
+        with pytest.raises(OSError, match=r"log\.jsonl: writing failed after 25 bytes") as error:
+            log.write({"a": 2}, {"text": "x" * 30})
+        assert error.value.errno == errno.ENOSPC
+        assert path.read_text() == '{"a": 1}\n'
+        log._file = path.open("ab", buffering=0)
+        log.write({"a": 3})
+    assert read_jsonl(path).records == [{"a": 1}, {"a": 3}]
 
 
 def test_what_json_cannot_hold_leaves_the_file_as_it_was(tmp_path: Path) -> None:

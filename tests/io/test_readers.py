@@ -101,6 +101,37 @@ def test_bad_content_names_file_and_line(
         read_rows(path)
 
 
+def test_bad_lines_can_be_noted_instead(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n[2]\n\n{"a": "\xff"}\nno\n{"a": 3}\n{"a": 4')
+    bad: list[str] = []
+    assert read_rows(path, bad_lines=bad) == [{"a": 1}, {"a": 3}]
+    expected = [
+        "line 2: a row must be",
+        "line 4: not UTF-8",
+        "line 5: not JSON",
+        "line 7: not JSON",
+    ]
+    for message, start in zip(bad, expected, strict=True):
+        assert message.startswith(f"{path}, {start}")
+    assert bad[-1].endswith("the file ends within this line, so it was cut off in writing")
+    table = tmp_path / "rows.csv"
+    table.write_text('a,b\n1,2\n3\n4,5\n6,"7')
+    bad = []
+    assert read_rows(table, bad_lines=bad) == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
+    assert [message.removeprefix(f"{table}, line ")[:2] for message in bad] == ["3:", "5:"]
+    path.write_text("no\n")
+    bad = []
+    assert read_rows(path, bad_lines=bad) == []
+    assert len(bad) == 1
+    torn = tmp_path / "rows.jsonl.gz"
+    torn.write_bytes(gzip.compress(b'{"a": 1}\n' * 9999)[:-9])
+    bad = []
+    rows = read_rows(torn, bad_lines=bad)
+    assert 0 < len(rows) <= 9999
+    assert "damaged after line" in bad[-1]
+
+
 def test_torn_gzip_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz", as_lines(ROWS * 2000))
     path.write_bytes(path.read_bytes()[:-20])

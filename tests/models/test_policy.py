@@ -37,16 +37,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**SMALL, "head_dim": 8}),
     "gemma2, softcapped": (
         "gemma2",
-        {**SMALL, "head_dim": 4, "final_logit_softcapping": 0.2, "sliding_window": 4},
+        {**SMALL, "head_dim": 4, "final_logit_softcapping": 0.2, "sliding_window": 16},
     ),
     "cohere, scaled": ("cohere", {**SMALL, "logit_scale": 0.0625}),
     "granite, divided": ("granite", {**SMALL, "logits_scaling": 8.0}),
     "phi, with a bias": ("phi", WITHOUT_KV_HEADS),
+    "gemma2, with a window": ("gemma2", {**SMALL, "head_dim": 4, "sliding_window": 4}),
     "bloom, without positions": (
         "bloom",
         {"vocab_size": VOCAB, "hidden_size": 16, "n_layer": 2, "n_head": 4},
     ),
 }
+
+
+PADDED = ["gemma2, with a window", "bloom, without positions"]
 
 
 def build(name: str = "llama", dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
@@ -86,10 +90,12 @@ def from_full_logits(model: PreTrainedModel, temperature: float) -> Tensor:
 def test_values_and_gradients_are_those_of_the_full_logits(name: str) -> None:
     model = build(name)
     weights = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    logprobs, entropy = CausalPolicy(model)(*batch(), temperature=0.7)
+    policy = CausalPolicy(model, packing=name not in PADDED)
+    logprobs, entropy, correct = policy(*batch(), temperature=0.7)
     expected = from_full_logits(model, temperature=0.7)
 
     assert entropy is None
+    assert correct is None
     torch.testing.assert_close(logprobs, expected, rtol=1e-9, atol=1e-11)
     parameters = list(model.parameters())
     ours = torch.autograd.grad((logprobs * weights).sum(), parameters, allow_unused=True)
@@ -101,21 +107,20 @@ def test_values_and_gradients_are_those_of_the_full_logits(name: str) -> None:
             torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "gemma2, softcapped", "bloom, without positions"]
-)
-def test_padding_on_the_left_changes_nothing(name: str) -> None:
-    policy = CausalPolicy(build(name))
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2, softcapped", *PADDED])
+def test_padding_on_the_left_changes_nothing(name: str, packing: bool) -> None:
+    policy = CausalPolicy(build(name), packing=packing and name not in PADDED)
     input_ids, attention_mask, loss_mask = batch()
-    right, _ = policy(input_ids, attention_mask, loss_mask)
+    right, *_ = policy(input_ids, attention_mask, loss_mask)
     shifts = (7 - attention_mask.sum(dim=1)).tolist()
     moved = [
         torch.stack([row.roll(s) for row, s in zip(t, shifts, strict=True)])
         for t in (input_ids, attention_mask, loss_mask)
     ]
-    left, _ = policy(*moved)
+    left, *_ = policy(*moved)
     back = torch.stack([row.roll(-s) for row, s in zip(left, shifts, strict=True)])
-    torch.testing.assert_close(back, right, rtol=1e-9, atol=1e-11)
+    assert torch.equal(back, right)
     left.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
 
@@ -123,10 +128,10 @@ def test_padding_on_the_left_changes_nothing(name: str) -> None:
 def test_the_pad_token_and_the_other_rows_do_not_matter() -> None:
     policy = CausalPolicy(build())
     input_ids, attention_mask, loss_mask = batch()
-    together, _ = policy(input_ids, attention_mask, loss_mask)
+    together, *_ = policy(input_ids, attention_mask, loss_mask)
     other_pad = input_ids.masked_fill(attention_mask == 0, 1)  # pad == eos
     torch.testing.assert_close(policy(other_pad, attention_mask, loss_mask)[0], together)
-    alone, _ = policy(input_ids[1:, :6], attention_mask[1:, :6], loss_mask[1:, :6])
+    alone, *_ = policy(input_ids[1:, :6], attention_mask[1:, :6], loss_mask[1:, :6])
     torch.testing.assert_close(alone, together[1:, :6], rtol=1e-9, atol=1e-11)
 
 
@@ -138,8 +143,8 @@ def test_grad_and_no_grad_agree_to_the_last_bit(dtype: torch.dtype, checkpointin
         model.activation_checkpointing_enable()
     policy = CausalPolicy(model)
     with torch.no_grad():
-        before, _ = policy(*batch())
-    after, _ = policy(*batch())
+        before, *_ = policy(*batch())
+    after, *_ = policy(*batch())
     assert after.requires_grad
     assert torch.equal(before, after)
     assert torch.equal(policy.eval()(*batch())[0], after)
@@ -154,7 +159,7 @@ def test_masks_of_another_shape_are_refused() -> None:
 def test_entropy_is_that_of_the_tempered_distribution() -> None:
     model = build()
     input_ids, attention_mask, loss_mask = batch()
-    _, entropy = CausalPolicy(model)(
+    _, entropy, _ = CausalPolicy(model)(
         input_ids, attention_mask, loss_mask, temperature=2.0, with_entropy=True
     )
     logprobs = (model(input_ids[1:, :6]).logits[0] / 2.0).log_softmax(dim=-1)
@@ -176,7 +181,7 @@ def test_an_odd_head_is_served_by_the_full_forward_with_one_warning(
     model = build()
     model.lm_head = OddHead(16, VOCAB, bias=False, dtype=torch.float64)
     policy = CausalPolicy(model)
-    logprobs, _ = policy(*batch(), temperature=0.5)
+    logprobs, *_ = policy(*batch(), temperature=0.5)
     torch.testing.assert_close(logprobs, from_full_logits(model, 0.5), rtol=1e-9, atol=1e-11)
     policy(*batch())
     messages = [str(w.message) for w in recwarn if "not a plain linear map" in str(w.message)]
@@ -193,16 +198,16 @@ def test_the_head_is_probed_once() -> None:
     policy = CausalPolicy(model)
     for _ in range(2):
         policy(*batch())
-    assert lengths == [7]
+    assert lengths == [7, 15, 8]  # the head, and the attention packed and padded
 
 
 def test_the_probe_leaves_the_generators_alone_and_sees_through_dropout() -> None:
     model = build(attention_dropout=0.5).train()
     policy = CausalPolicy(model)
     torch.manual_seed(11)
-    first, _ = policy(*batch())  # probes
+    first, *_ = policy(*batch())  # probes
     torch.manual_seed(11)
-    second, _ = policy(*batch())
+    second, *_ = policy(*batch())
     assert torch.equal(first, second)
     assert policy._head is not None
 
@@ -212,10 +217,10 @@ def test_a_frozen_copy_stays_as_it_was() -> None:
     model.activation_checkpointing_enable()
     reference = frozen_copy(model)
     with torch.no_grad():
-        before, _ = CausalPolicy(reference)(*batch())
+        before, *_ = CausalPolicy(reference)(*batch())
         for parameter in model.parameters():
             parameter.add_(1.0)
-    after, _ = CausalPolicy(reference)(*batch())
+    after, *_ = CausalPolicy(reference)(*batch())
     assert torch.equal(before, after)
     assert not after.requires_grad
     assert not any(p.requires_grad for p in reference.parameters())

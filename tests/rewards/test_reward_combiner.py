@@ -226,11 +226,11 @@ def test_rows_are_checked_before_anything_runs() -> None:
         return [0.0] * len(completions)
 
     combiner = RewardCombiner([length, needs, MathReward(gold="answer")])
-    combiner.check_rows([{"level": 1, "answer": "5"}])
+    assert combiner.unusable_rows([{"level": 1, "answer": "5"}]) == {}
     with pytest.raises(ValueError, match=r"'needs' needs \['level'\].*\['answer', 'prompt'\]"):
-        combiner.check_rows([{"answer": "5", "prompt": "?"}])
-    with pytest.raises(ValueError, match="row 1: '' is empty"):
-        combiner.check_rows([{"level": 1, "answer": "5"}, {"level": 1, "answer": ""}])
+        combiner.unusable_rows([{"answer": "5", "prompt": "?"}])
+    rows = [{"level": 1, "answer": "5"}, {"level": 1, "answer": ""}]
+    assert combiner.unusable_rows(rows) == {1: "its 'answer', '', is empty"}
     with pytest.raises(RewardError, match=r"'needs' needs \['level'\].*columns \['answer'\]"):
         score([needs], ["a"], answer=["5"])
     with pytest.raises(ValueError, match="'answer' has 1 values for 2 completions"):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from rlhf_lightning.core.interrupt import Stopped, interruptible, interrupts
 from rlhf_lightning.models.loading import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf_lightning.models.policy import CausalPolicy
 from rlhf_lightning.models.tokenizers import character_tokenizer
@@ -97,7 +98,7 @@ def test_the_trainer_agrees_with_the_sampler(name: str) -> None:
     groups = engine_for(model).generate(PROMPTS, sampling, seeds=range(3))
     input_ids, attention_mask, loss_mask = rows_of(groups)
     with torch.no_grad():
-        ours, _ = CausalPolicy(model.eval())(
+        ours, *_ = CausalPolicy(model.eval())(
             input_ids, attention_mask, loss_mask, temperature=SAMPLING.temperature
         )
     sampled = [value for group in groups for c in group for value in c.logprobs]
@@ -251,7 +252,7 @@ def test_a_real_character_model_agrees_with_the_trainer(shared_data: Path) -> No
     groups = engine.generate(prompts, sampling, seeds=[0, 1])
     input_ids, attention_mask, loss_mask = rows_of(groups)
     with torch.no_grad():
-        ours, _ = CausalPolicy(model)(input_ids, attention_mask, loss_mask, temperature=0.9)
+        ours, *_ = CausalPolicy(model)(input_ids, attention_mask, loss_mask, temperature=0.9)
     sampled = torch.tensor([value for group in groups for c in group for value in c.logprobs])
     torch.testing.assert_close(sampled, ours[loss_mask], rtol=1e-4, atol=2e-5)
 
@@ -273,6 +274,15 @@ def sharded_rank(rank: int, folder: str) -> None:
     engine = engine_for(model)
     assert tokens(engine.generate(prompts, sampling, seeds=seeds)) == expected
     assert tokens(engine.generate([], sampling, seeds=[])) == []
+    # one that was told to stop stops all of them between the same two calls of the model
+    generated: list[int] = []
+    with pytest.raises(Stopped), interruptible():
+        engine.generate(
+            prompts,
+            sampling,
+            seeds=seeds,
+            on_progress=lambda *_: (generated.append(1), rank == 1 and interrupts.tell(Stopped())),
+        )
     Path(folder, f"done{rank}").touch()
     dist.barrier()  # a rank that leaves early closes the other's connection
     dist.destroy_process_group()

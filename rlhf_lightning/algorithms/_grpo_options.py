@@ -1,0 +1,154 @@
+"""The options of group relative policy optimization, checked when they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_lightning.core.config import check_choices
+
+
+@dataclass
+class AdvantageConfig:
+    """How a completion is compared with the others of its prompt.
+
+    Args:
+        baseline: ``"mean"`` of the group (GRPO), or ``"leave_one_out"``: the mean of the others
+            (RLOO, arXiv 2402.14740).
+        scale: divide by the deviation of the ``"group"`` (GRPO) or of the whole ``"batch"``, or by
+            nothing (``"none"``; Dr.GRPO, arXiv 2503.20783).
+    """
+
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    scale: Literal["group", "batch", "none"] = "group"
+
+    def __post_init__(self) -> None:
+        check_choices(self, "advantage")
+
+
+@dataclass
+class PolicyLossConfig:
+    """The surrogate objective and how it is averaged.
+
+    Args:
+        objective: ``"clip"``, PPO's clipped ratio, or ``"cispo"``: log-probabilities under a
+            clipped weight, which leaves every token its gradient (MiniMax-M1, arXiv 2506.13585).
+        clip_low: the ratio is clipped below at ``1 - clip_low``. By default 0.2, with ``"cispo"`` 1
+            (no bound; arXiv 2506.13585).
+        clip_high: and above at ``1 + clip_high`` (larger than ``clip_low`` is DAPO's clip-higher,
+            arXiv 2503.14476). By default 0.2, with ``"cispo"`` 4 (ScaleRL, arXiv 2510.13786).
+        ratio: ``"token"``, or ``"sequence"`` for the geometric mean over the completion (GSPO,
+            arXiv 2507.18071, which clips at 3e-4 and 4e-4).
+        dual_clip: bound on the ratio where the advantage is negative (arXiv 1912.09729); off by
+            default.
+        aggregation: ``"sequence"`` averages tokens within a completion, then completions (GRPO);
+            ``"token"`` averages over all tokens of the step (DAPO); ``"constant"`` divides by
+            ``max_completion_length`` times the number of completions (Dr.GRPO).
+        max_completion_length: that constant, in tokens.
+        mask_truncated: leave completions that the length limit ended out of the loss and of what it
+            is divided by (DAPO's overlong filtering, arXiv 2503.14476, section 3.4). Their rewards
+            still count in the statistics of their groups.
+        entropy_coef: weight of a bonus for the entropy of each token's distribution, averaged as
+            the loss is (arXiv 1602.01783); 0 has none.
+    """
+
+    objective: Literal["clip", "cispo"] = "clip"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    ratio: Literal["token", "sequence"] = "token"
+    dual_clip: float | None = None
+    aggregation: Literal["token", "sequence", "constant"] = "sequence"
+    max_completion_length: int | None = None
+    mask_truncated: bool = False
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self, "policy_loss")
+        if self.clip_low is None:
+            self.clip_low = 0.2 if self.objective == "clip" else 1.0
+        if self.clip_high is None:
+            self.clip_high = 0.2 if self.objective == "clip" else 4.0
+        if (self.aggregation == "constant") != (self.max_completion_length is not None):
+            raise ValueError(
+                f"policy_loss.max_completion_length is {self.max_completion_length} with"
+                f" aggregation {self.aggregation!r}: 'constant' divides by it (set it to the data"
+                " module's sampling.max_new_tokens), and the others have no use for it"
+            )
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(
+                f"policy_loss.clip_low is {self.clip_low} and clip_high {self.clip_high}; clip_low"
+                " must be in [0, 1] and clip_high at least 0"
+            )
+        if self.objective == "cispo" and (self.dual_clip is not None or self.ratio != "token"):
+            raise ValueError(
+                f"policy_loss.objective is 'cispo' with ratio {self.ratio!r} and dual_clip"
+                f" {self.dual_clip}: it bounds the weight of each token on both sides by itself."
+                " Leave those two out, or use objective 'clip'"
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"policy_loss.dual_clip is {self.dual_clip}; it must be more than 1 + clip_high"
+            )
+        if self.entropy_coef < 0:
+            raise ValueError(
+                f"policy_loss.entropy_coef is {self.entropy_coef}; it must not be negative"
+            )
+
+
+@dataclass
+class KLConfig:
+    """The penalty for leaving the reference model.
+
+    Args:
+        coef: its weight (beta); 0 needs no reference model.
+        placement: ``"loss"`` adds it to the loss of each token (GRPO), ``"reward"`` takes it off
+            the completion's reward before groups are compared (PPO's way).
+        estimator: ``"k1"``, ``"k2"`` or ``"k3"`` (joschu.net/blog/kl-approx.html); by default k3 in
+            the loss and k1 in the reward.
+    """
+
+    coef: float = 0.04
+    placement: Literal["loss", "reward"] = "loss"
+    estimator: Literal["k1", "k2", "k3"] | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self, "kl")
+        if self.coef < 0:
+            raise ValueError(f"kl.coef is {self.coef}; it must not be negative")
+        if self.estimator is None:
+            self.estimator = "k3" if self.placement == "loss" else "k1"
+
+
+@dataclass
+class ImportanceSamplingConfig:
+    """How tokens are weighed by ``w``, the trainer's probability of them over the engine's.
+
+    For an engine that computes with other kernels, in another precision or with older weights than
+    the trainer, so that its completions are off-policy before the first update. The defaults are
+    those of truncated importance sampling (Yao et al. 2025, fengyao.notion.site/off-policy-rl);
+    ``mode="mask", level="sequence", cap=3`` is masked importance sampling (Liu et al. 2025,
+    richardli.xyz/rl-collapse) and ``mode="mask", floor=0.5, cap=5`` is IcePop (arXiv 2510.18855).
+
+    Where an engine has no log-probability of a token (``nan``) its weight is 1, and the token is
+    counted in ``sampling/missing_logprobs``.
+
+    Args:
+        mode: a weight outside of ``[floor, cap]`` is moved to the bound (``"truncate"``), or made 0
+            (``"mask"``).
+        level: a weight for each ``"token"``, or the product of all of them for a ``"sequence"``.
+        cap: the largest weight.
+        floor: the smallest weight.
+    """
+
+    mode: Literal["truncate", "mask"] = "truncate"
+    level: Literal["token", "sequence"] = "token"
+    cap: float = 2.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self, "importance_sampling")
+        if not 0 <= self.floor <= 1 <= self.cap:
+            raise ValueError(
+                f"importance_sampling.floor is {self.floor} and cap {self.cap}: weights of 1, where"
+                " engine and trainer agree, must lie between them, and floor must not be negative"
+            )

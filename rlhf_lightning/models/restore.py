@@ -1,0 +1,82 @@
+"""A model with given weights instead of those that lie beside its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_lightning.models.loading import (
+    ModelConfig,
+    check_vocabulary,
+    ensure_pad_and_eos,
+    model_configuration,
+)
+
+
+def restore_causal_lm(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """The model that ``config`` describes, with ``weights``, in evaluation mode.
+
+    Where ``config`` names a folder or a hub model, its configuration files are read, but no
+    weights.
+
+    Args:
+        config: the architecture.
+        tokenizer: the tokenizer that it is used with.
+        weights: every tensor of the model's state dictionary, by name.
+        dtype: what the weights become.
+
+    Raises:
+        OSError: if the configuration cannot be found.
+        ValueError: if the weights are not those of such a model, naming the first that differ.
+    """
+    hf_config = model_configuration(config, tokenizer)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    if config.attn_implementation is not None:
+        hf_config._attn_implementation = config.attn_implementation
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in kind(hf_config).state_dict().items()}
+    _check_shapes(expected, {name: value.shape for name, value in weights.items()}, config)
+    model: PreTrainedModel = kind.from_pretrained(
+        None, config=hf_config, state_dict=dict(weights), dtype=dtype
+    )
+    if config.path is not None:
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                config.path, revision=config.revision or "main"
+            )
+        except OSError:  # it has none of its own: the one that follows from its configuration
+            pass
+    check_vocabulary(model, tokenizer)
+    ensure_pad_and_eos(tokenizer, model)
+    return model.eval()
+
+
+def _check_shapes(
+    expected: dict[str, torch.Size], found: dict[str, torch.Size], config: ModelConfig
+) -> None:
+    source = f"model {config.path!r}" if config.path else "the model's configuration"
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"the weights lack {name!r}, which {source} has. Is it another model?")
+        if found[name] != shape:
+            raise ValueError(
+                f"the weights have {name!r} in the shape {list(found[name])}, but {source} has it"
+                f" in {list(shape)}. Is it another model, or one with another vocabulary?"
+            )
+    extra = sorted(set(found) - set(expected))
+    if extra:
+        raise ValueError(f"the weights have {extra[0]!r}, which {source} lacks. Is it another one?")

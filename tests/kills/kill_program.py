@@ -1,0 +1,183 @@
+"""Trains the runs of test_resume.py in children that can be killed at any moment.
+
+Started once, it imports everything, and then forks a child for each run: `python kill_program.py`.
+It reads one JSON command a line and answers with one::
+
+    {"run": name, "folder": path, "kill": null or [event, nth, seconds]}
+
+A child reports its events through a pipe: `r` progress of a rollout, `u` an update begins, `o` its
+optimizer step, `v` a validation batch, `s` a checkpoint is being written, `S` it is written. The
+kill comes so many seconds after the nth of one kind, wherever the child then is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from test_resume import RUNS
+from tiny import grpo, quiet_trainer
+
+from rlhf_lightning.callbacks import SampleLogger
+from rlhf_lightning.core.checkpoint import AtomicCheckpointIO
+
+
+class Journal:
+    """Lines that survive a kill, and events for the parent."""
+
+    def __init__(self, folder: Path, pipe: int) -> None:
+        self.file = os.open(folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.pipe = pipe
+
+    def event(self, kind: str) -> None:
+        os.write(self.pipe, kind.encode())
+
+    def line(self, *content: Any) -> None:
+        os.write(self.file, (json.dumps(content) + "\n").encode())
+
+
+class Watch(Callback):
+    """What training sees and does."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def on_rollout_progress(self, trainer, pl_module, done, total) -> None:
+        self.journal.event("r")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.journal.event("u")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.journal.event("o")
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self.journal.event("v")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        ids = hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()
+        noise = [float(torch.rand(())), random.random()]
+        loss = float(outputs["loss"])
+        self.journal.line("batch", trainer.current_epoch, batch_idx, [ids, loss.hex(), *noise])
+
+
+class Rows(DummyLogger):
+    """What is logged, but for times."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self.journal = journal
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        kept = {k: float(v) for k, v in sorted(metrics.items()) if not k.startswith("time/")}
+        if set(kept) - {"epoch"}:
+            self.journal.line("row", step, ",".join(kept), [*kept.values()])
+
+
+class WatchedIO(AtomicCheckpointIO):
+    """Reports when a checkpoint is being written, and when it is there."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self.journal = journal
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.journal.event("s")
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self.journal.line("saved", Path(path).name, checkpoint["global_step"])
+        self.journal.event("S")
+
+
+def train(run: str, folder: Path, pipe: int) -> None:
+    """A run, or the rest of it: what a user would start again after a kill."""
+    make, options = RUNS[run]
+    journal = Journal(folder, pipe)
+    resumed = (folder / "checkpoints" / "last.ckpt").exists()
+    seed_everything(2 if resumed else 1, verbose=False)
+    module, data = make()
+    saver = ModelCheckpoint(
+        folder / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=1, save_last=True
+    )
+    trainer = quiet_trainer(
+        folder,
+        callbacks=[Watch(journal), saver, SampleLogger(str(folder / "samples.jsonl"))],
+        logger=Rows(journal),
+        log_every_n_steps=1,
+        plugins=[WatchedIO(journal)],
+        **options,
+    )
+    trainer.fit(module, data, ckpt_path="last" if resumed else None)
+    end = {
+        "weights": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict()["state"],
+        "step": trainer.global_step,
+    }
+    torch.save(end, folder / "end.pt")
+
+
+def fork(run: str, folder: Path) -> tuple[int, int]:
+    """Start a child; its id, and the pipe from which to read its events."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        return child, reader
+    status = 1
+    try:
+        os.close(reader)
+        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        train(run, folder, writer)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def perform(run: str, folder: Path, kill: list[Any] | None) -> str:
+    """Run a child; `done`, `killed` or `failed`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    child, reader = fork(run, folder)
+    event, left, seconds = kill or ("", 0, 0.0)
+    while events := os.read(reader, 1):
+        left -= events.decode() == event
+        if kill and left == 0:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+            break
+    _, status = os.waitpid(child, 0)
+    os.close(reader)
+    if os.WIFSIGNALED(status):
+        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else "failed"
+    return "done" if os.WEXITSTATUS(status) == 0 else "failed"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    grpo().configure_model()  # what is imported late is imported before the children are made
+    for line in sys.stdin:
+        command = json.loads(line)
+        print(perform(command["run"], Path(command["folder"]), command["kill"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
