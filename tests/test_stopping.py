@@ -351,6 +351,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)  # a launcher passes on what the group got already
     time.sleep(1.5)
     assert process.poll() is None

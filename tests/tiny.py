@@ -38,6 +38,25 @@ def tiny_model(seed: int = 0, **config: Any) -> dict[str, Any]:
     }
 
 
+def tiny_float64_model(seed: int = 0) -> dict[str, Any]:
+    """Options of a random GPT-2 over digits, without dropout.
+
+    For comparisons to the last digits of float64: transformers computes parts of a Llama in float32
+    whatever its precision.
+    """
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+    return {"config": config, "characters": CHARACTERS, "init_seed": seed}
+
+
 class Sums(PromptSource):
     """All sums of two digits, or the first ``size`` of them."""
 
@@ -96,12 +115,12 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-2)
 
 
-def grpo(**options: Any) -> GRPOModule:
-    return GRPOModule(tiny_model(), **{"optimizer": adamw, **options})
+def grpo(model: dict[str, Any] | None = None, **options: Any) -> GRPOModule:
+    return GRPOModule(model or tiny_model(), **{"optimizer": adamw, **options})
 
 
-def sft(**options: Any) -> SFTModule:
-    return SFTModule(tiny_model(), **{"optimizer": adamw, **options})
+def sft(model: dict[str, Any] | None = None, **options: Any) -> SFTModule:
+    return SFTModule(model or tiny_model(), **{"optimizer": adamw, **options})
 
 
 def rollouts(steps: int = 2, update_epochs: int = 1, **options: Any) -> RolloutDataModule:

@@ -129,8 +129,10 @@ class ImportanceSamplingConfig:
     ``mode="mask", level="sequence", cap=3`` is masked importance sampling (Liu et al. 2025,
     richardli.xyz/rl-collapse) and ``mode="mask", floor=0.5, cap=5`` is IcePop (arXiv 2510.18855).
 
-    Where an engine has no log-probability of a token (``nan``) its weight is 1, and the token is
-    counted in ``sampling/missing_logprobs``.
+    Where an engine has no log-probability of a token (``nan``) its weight is 1;
+    ``sampling/frac_missing_logprobs`` is the share of such tokens. The weights themselves are
+    logged as ``sampling/importance_sampling_ratio/*``, over tokens and before their bounds, and the
+    share that a bound changed as ``.../out_of_bounds``.
 
     Args:
         mode: a weight outside of ``[floor, cap]`` is moved to the bound (``"truncate"``), or made 0

@@ -53,7 +53,8 @@ class GRPOModule(PolicyGradientModule):
         importance_sampling: how tokens are weighed where the engine's probabilities differ from the
             trainer's. By default they are not: ``HFEngine`` samples from the very module that is
             trained, with which it agrees up to rounding. Turn it on for an engine of its own, or
-            where ``sampling/sampling_logp_difference`` is not small.
+            where ``sampling/sampling_logp_difference`` is not small. (Under top-k, top-p or min-p
+            sampling there is no such figure: it would be the probability that was cut off.)
         optimizer: called with the named parameter groups.
         lr_scheduler: called with the optimizer, and stepped after every optimizer step.
         packing: lay the rows of a micro-batch end to end, and read a prompt that several rows share
@@ -67,6 +68,7 @@ class GRPOModule(PolicyGradientModule):
 
     algorithm = "GRPOModule"
     smallest_group = 2  # alone in its group, a completion has nothing to be compared with
+    _engine_is_comparable = True  # its probabilities are over all tokens, as the trainer's are
 
     def __init__(
         self,
@@ -121,6 +123,7 @@ class GRPOModule(PolicyGradientModule):
         used = [
             f"{k}={getattr(sampling, k)}" for k, off in cut.items() if getattr(sampling, k) != off
         ]
+        self._engine_is_comparable = not used
         if self.importance_sampling is not None and used:
             raise ValueError(
                 f"importance_sampling is on while sampling has {', '.join(used)}: the engine's"
@@ -241,15 +244,18 @@ class GRPOModule(PolicyGradientModule):
 
     def _engine_weights(self, old_logprobs: Tensor, batch: RolloutBatch) -> Tensor | float:
         """``[B, T]`` weights for the difference between engine and trainer; log how large it is."""
+        if not self._engine_is_comparable:
+            return 1.0
         difference = (old_logprobs - batch.rollout_logprobs).abs()
-        known = batch.loss_mask & ~batch.rollout_logprobs.isnan()
+        missing = batch.rollout_logprobs.isnan()
+        known = batch.loss_mask & ~missing
         name = "sampling/sampling_logp_difference"
         self.log_token_means(known, {f"{name}/mean": difference})
         self.log_extreme(f"{name}/max", "max", difference, known)
-        missing = batch.loss_mask.sum() - known.sum()
-        self.phase_metrics.count("train/sampling/missing_logprobs", missing)
+        means = {"sampling/frac_missing_logprobs": missing}
         how = self.importance_sampling
         if how is None:
+            self.log_token_means(batch.loss_mask, means)
             return 1.0
         found = importance_weights(
             old_logprobs,
@@ -261,7 +267,7 @@ class GRPOModule(PolicyGradientModule):
             floor=how.floor,
         )
         name = "sampling/importance_sampling_ratio"
-        means = {f"{name}/mean": found.ratio, f"{name}/out_of_bounds": found.out_of_bounds}
+        means |= {f"{name}/mean": found.ratio, f"{name}/out_of_bounds": found.out_of_bounds}
         self.log_token_means(batch.loss_mask, means)
         self.log_extreme(f"{name}/min", "min", found.ratio, batch.loss_mask)
         self.log_extreme(f"{name}/max", "max", found.ratio, batch.loss_mask)

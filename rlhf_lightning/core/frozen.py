@@ -23,6 +23,7 @@ class FrozenModels:
         self._moved: set[str] = set()
         self._placed = False
         self._restored: Mapping[str, dict[str, Any]] = {}
+        self._ahead: set[str] = set()  # moved here, and not yet in the checkpoint loaded last
 
     def __setitem__(self, name: str, model: nn.Module) -> None:
         self._models[name] = model.eval().requires_grad_(False)
@@ -39,7 +40,18 @@ class FrozenModels:
     def place(
         self, device: torch.device, convert: Callable[[nn.Module], nn.Module] = lambda m: m
     ) -> None:
-        """Move every model to the device, and convert its precision as the trained model's."""
+        """Move every model to the device, and convert its precision as the trained model's.
+
+        Raises:
+            RuntimeError: if a model is not what it was when the checkpoint was written.
+        """
+        if self._ahead:
+            names = ", ".join(sorted(self._ahead))
+            raise RuntimeError(
+                f"the checkpoint that was loaded is from before the {names} model first moved;"
+                " this module's has moved since, and its first weights are gone. To go on from that"
+                " checkpoint, make a new module"
+            )
         for name, model in self._models.items():
             self._models[name] = convert(model).to(device)
         self._placed = True
@@ -69,8 +81,10 @@ class FrozenModels:
     def load_state_dict(self, state: Mapping[str, dict[str, Any]]) -> None:
         """Take back what :meth:`state_dict` gave, once the models have their precision.
 
-        Models that this run does not have are left out.
+        Models that this run does not have are left out. One that has been moved here and had not
+        been there cannot be taken back: :meth:`place` says so.
         """
+        self._ahead = self._moved - set(state)
         self._restored = {name: weights for name, weights in state.items() if name in self._models}
         if self._placed:
             self._use_restored()

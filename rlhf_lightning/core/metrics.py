@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class PhaseMetrics:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Any, Any]] = {}
+        self._rows: dict[tuple[str, ...], Tensor] = {}  # [2, K]: totals and counts of K means
         self._counts: dict[str, Any] = {}
         self._extremes: dict[str, tuple[str, Any]] = {}
         self._marked: PhaseMetrics | None = None
@@ -33,11 +34,21 @@ class PhaseMetrics:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + total, old_count + count)
 
-    def add_all(self, names: Iterable[str], totals: Tensor, count: Number) -> None:
-        """The same for several means at once, whose ``totals`` are ``[K]`` for K names."""
-        count = _detached(count)
-        for name, total in zip(names, _detached(totals).unbind(), strict=True):
-            self.add(name, total, count)
+    def add_all(self, names: Sequence[str], totals: Tensor, counts: Tensor) -> None:
+        """The same for K means that are always added to together, at the cost of one.
+
+        Args:
+            names: of the means.
+            totals: ``[K]``.
+            counts: ``[K]``, or a scalar for all of them.
+        """
+        key, totals = tuple(names), _detached(totals)
+        new = torch.stack([totals, _detached(counts).expand_as(totals)])
+        old = self._rows.get(key)
+        if old is None:  # what a checkpoint or add() had of them, so that sums go on in order
+            held = [self._sums.pop(name, (0.0, 0.0)) for name in key]
+            old = new.new_tensor([[float(pair[i]) for pair in held] for i in (0, 1)])
+        self._rows[key] = old + new
 
     def count(self, name: str, number: Number) -> None:
         """Add to a plain count (of timeouts, say), summed over the phase and the ranks."""
@@ -45,7 +56,7 @@ class PhaseMetrics:
 
     def merge(self, other: PhaseMetrics, prefix: str = "") -> None:
         """Take in everything that ``other`` has seen, under names with a prefix."""
-        for name, (total, count) in other._sums.items():
+        for name, (total, count) in other._means().items():
             self.add(prefix + name, total, count)
         for name, number in other._counts.items():
             self.count(prefix + name, number)
@@ -75,13 +86,14 @@ class PhaseMetrics:
     def reset(self) -> None:
         """Forget everything."""
         self._sums.clear()
+        self._rows.clear()
         self._counts.clear()
         self._extremes.clear()
         self._marked = None
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's figures, as plain numbers."""
-        sums = {name: [float(total), float(count)] for name, (total, count) in self._sums.items()}
+        sums = {name: [float(value) for value in pair] for name, pair in self._means().items()}
         counts = {name: float(number) for name, number in self._counts.items()}
         return {
             "sums": sums,
@@ -102,11 +114,21 @@ class PhaseMetrics:
         self._take(self._marked or PhaseMetrics())
 
     def _take(self, other: PhaseMetrics) -> None:
-        self._sums, self._counts = dict(other._sums), dict(other._counts)
-        self._extremes = dict(other._extremes)
+        self._sums, self._rows = dict(other._sums), dict(other._rows)
+        self._counts, self._extremes = dict(other._counts), dict(other._extremes)
+
+    def _means(self) -> dict[str, tuple[Any, Any]]:
+        """Total and count of every mean by itself."""
+        means = dict(self._sums)
+        for names, (totals, counts) in self._rows.items():
+            for name, *new in zip(names, totals.unbind(), counts.unbind(), strict=True):
+                old = means.get(name, (0.0, 0.0))
+                means[name] = (old[0] + new[0], old[1] + new[1])
+        return means
 
     def discard(self, prefix: str) -> None:
         """Forget the figures whose names begin with ``prefix``."""
+        self._sums, self._rows = self._means(), {}
         for figures in (self._sums, self._counts, self._extremes):
             for name in [name for name in figures if name.startswith(prefix)]:
                 del figures[name]

@@ -103,10 +103,8 @@ class Peers:
         self._meetings += 1
         meeting = f"meeting/{self._meetings}"
         try:
-            if stop:
-                self._store.set(
-                    f"{meeting}/stop", ""
-                )  # before coming, so that the last one sees it
+            if stop:  # said before coming, so that the last one to come knows of it
+                self._store.set(f"{meeting}/stop", "")
             self._store.set(f"{meeting}/{self.rank}", "")
             if self._store.add(meeting, 1) == self.ranks:
                 stops = self._store.check([f"{meeting}/stop"])
@@ -126,7 +124,8 @@ class Peers:
             return
         self.meet(False)
         self.close()
-        self._store.add("left", 1)
+        with suppress(dist.DistError):  # rank 0 does not wait for ever
+            self._store.add("left", 1)
         deadline = time.monotonic() + _GRACE
         while self.rank == 0 and time.monotonic() < deadline:  # the store ends with this process
             if self._store.add("left", 0) == self.ranks:

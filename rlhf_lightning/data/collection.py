@@ -135,9 +135,9 @@ class PhaseCollector:
             made = self._generate(mine, phase, trainer_state, progress)
             metrics.merge(made.metrics)
             piles.append(Pile([draw.position for draw in mine], made.batch, made.samples))
-            told = gather_objects(self._groups(made, mine))
-            new = [group for part in told for group in part]
-            self._check_agreement(draws, new)
+            told = gather_objects((draws, self._groups(made, mine)))
+            self._check_agreement([theirs for theirs, _ in told])
+            new = [group for _, part in told for group in part]
             self.stream.update(draws, [group.rewards for group in new])
             groups += new
             missing -= sum(group.teaches for group in new)
@@ -194,9 +194,9 @@ class PhaseCollector:
             for g, draw in enumerate(draws)
         ]
 
-    def _check_agreement(self, draws: Sequence[Draw], groups: Sequence[Group]) -> None:
-        """Refuse a sampler that does not do the same on all processes."""
-        if [group.draw for group in groups] != list(draws):
+    def _check_agreement(self, draws: Sequence[list[Draw]]) -> None:
+        """Refuse, on all processes, a sampler that does not do the same on all of them."""
+        if any(other != draws[0] for other in draws):
             name = type(self.stream.sampler).__name__
             raise RuntimeError(
                 f"sampler: {name}.draw() returned other prompts on other processes. All must draw"

@@ -27,10 +27,13 @@ class DynamicSampling:
 
     What counts is the weighted sum of the rewards, before any KL penalty in it. A reward for length
     makes groups differ that are all right, or all wrong; where there is one, name the ``reward``
-    that counts. Figures of rewards and lengths are over
-    all completions that were generated; ``rollout/dynamic_sampling/*`` counts groups:
-    ``generated``, of which ``kept`` are trained on and ``dropped`` are not, ``unfilled`` of the
-    former with nothing to teach, and the number of ``rounds``.
+    that counts.
+
+    Figures of rewards and lengths are over all completions that were generated; ``reward_std`` and
+    ``frac_reward_zero_std``, which the algorithm logs, over those that are trained on.
+    ``rollout/dynamic_sampling/*`` counts groups: ``generated``, of which ``kept`` are trained on
+    and ``dropped`` are not, ``unfilled`` of the former with nothing to teach, and the number of
+    ``rounds``.
 
     Args:
         max_rounds: the most rounds of generation in a phase, the first one included.

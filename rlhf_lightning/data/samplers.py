@@ -212,6 +212,8 @@ class LearnabilitySampler(PromptSampler):
         pool = self._pools[category]
         generator = torch.Generator().manual_seed(derive_seed(self._seed, category, number))
         weights, places = self.preference()[pool], []
+        if not weights.any():  # floor is 0, and nothing in this category has anything to teach
+            weights = torch.ones_like(weights)
         while count > 0:  # more than once, where more are wanted than there are
             some = min(count, int((weights > 0).sum()))
             places += torch.multinomial(weights, some, generator=generator).tolist()
@@ -224,8 +226,7 @@ class LearnabilitySampler(PromptSampler):
         highest = self._variance.max()
         # not above 0: nothing has been tried, or nothing that was has anything to teach
         relative = self._variance / highest if highest > 0 else torch.zeros_like(self._variance)
-        weights = self.floor + (1 - self.floor) * torch.where(known, relative, 1.0)
-        return weights if weights.any() else torch.ones_like(weights)
+        return self.floor + (1 - self.floor) * torch.where(known, relative, 1.0)
 
     def update(self, prompts: Sequence[int], rewards: Sequence[Sequence[float | None]]) -> None:
         """Take in the variance of each prompt's rewards, where it has at least two."""

@@ -51,6 +51,8 @@ def redact_text(text: str) -> str:
     """
     text = _USER_INFO.sub(rf"\g<scheme>{REDACTED}@", text)
     for name, value in os.environ.items():
+        if name == "PWD":  # the working folder
+            continue
         if len(value) >= _SHORTEST and value in text and is_secret_name(name):
             text = text.replace(value, f"${name}")
     return text

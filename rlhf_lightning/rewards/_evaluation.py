@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 from rlhf_lightning.rewards._calls import (
     AbortedError,
     EventLoop,
@@ -179,9 +177,12 @@ class Evaluation:
     def _call(self, arguments: dict[str, Any], timeout: float | None) -> Any:
         try:
             return self._call_plainly(arguments, timeout)
-        except (Exception, KeyboardInterrupt, SIGTERMException):  # the last: the run is told to stop
+        except (Exception, KeyboardInterrupt):
             raise
-        except BaseException as error:  # sys.exit() of a reward is no reason to end the run
+        except BaseException as error:
+            # sys.exit() of a reward is no reason to end the run; a signal's own kind of it is one
+            if isinstance(error, SystemExit) and type(error) is not SystemExit:
+                raise
             raise AbortedError(error) from error
 
     def _call_plainly(self, arguments: dict[str, Any], timeout: float | None) -> Any:

@@ -173,6 +173,16 @@ class Forgetful(HFEngine):
         return groups
 
 
+class Lengths(RolloutCallback):
+    """The lengths of the completions of each phase."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_rollout_end(self, trainer, pl_module, batch, samples, metrics) -> None:
+        self.seen.append(batch.loss_mask.sum(dim=1))
+
+
 RATIO = "train/sampling/importance_sampling_ratio"
 
 
@@ -199,13 +209,7 @@ def test_tokens_weigh_less_where_the_engine_claims_more(
     level: str, steps: int, tmp_path: Path
 ) -> None:
     """Half by token, half for each token by sequence; with one step a phase or several."""
-    lengths: list[torch.Tensor] = []
-
-    class Watch(RolloutCallback):
-        def on_rollout_end(self, trainer, pl_module, batch, samples, metrics) -> None:
-            lengths.append(batch.loss_mask.sum(dim=1))
-
-    losses = []
+    lengths, losses = Lengths(), []
     for weighted in ({"level": level}, None):
         module = grpo(
             policy_loss={"aggregation": "token"},  # where advantages do not cancel each other
@@ -214,14 +218,14 @@ def test_tokens_weigh_less_where_the_engine_claims_more(
             optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
         )
         data = rollouts(steps=steps, engine=Boastful(), rewards=[ragged])
-        _, phases = run(tmp_path, module, data, callbacks=[Watch()], precision="64-true")
+        _, phases = run(tmp_path, module, data, callbacks=[lengths], precision="64-true")
         losses.append(phases.losses)
         (figures,) = phases.figures
         assert figures["train/sampling/sampling_logp_difference/mean"] == pytest.approx(
             math.log(2), rel=1e-5
         )
         if weighted:
-            least = 0.5 if level == "token" else 0.5 ** int(lengths[0].max())
+            least = 0.5 if level == "token" else 0.5 ** int(lengths.seen[0].max())
             assert figures[f"{RATIO}/min"] == pytest.approx(least, rel=1e-5)
         else:
             assert f"{RATIO}/min" not in figures
@@ -233,14 +237,16 @@ def test_tokens_weigh_less_where_the_engine_claims_more(
 
 
 def test_unknown_probabilities_are_counted_and_change_nothing(tmp_path: Path) -> None:
-    """R31."""
+    """R31. A share of the tokens: the same however often a phase is gone through."""
     ends = []
     for engine in (Forgetful(), HFEngine()):
-        module = grpo(importance_sampling={"level": "sequence"}, optimizer=sgd)
-        end, phases = run(tmp_path, module, rollouts(engine=engine, rewards=[ragged]))
+        module, lengths = grpo(importance_sampling={"level": "sequence"}, optimizer=sgd), Lengths()
+        data = rollouts(engine=engine, rewards=[ragged], update_epochs=2)
+        end, phases = run(tmp_path, module, data, callbacks=[lengths])
         ends.append(end)
         (figures,) = phases.figures
-        assert figures["train/sampling/missing_logprobs"] == 16 * isinstance(engine, Forgetful)
+        share = 16 / int(lengths.seen[0].sum()) * isinstance(engine, Forgetful)
+        assert figures["train/sampling/frac_missing_logprobs"] == pytest.approx(share)
         assert figures["train/sampling/sampling_logp_difference/max"] < 1e-5
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6)
@@ -253,7 +259,8 @@ def test_probabilities_of_a_cut_distribution_are_not_compared(cut: Any, tmp_path
     sampling = SamplingParams(n=4, max_new_tokens=4, **cut)
     with pytest.raises(ValueError, match=f"importance_sampling is on while sampling has {name}="):
         run(tmp_path, grpo(importance_sampling={}), rollouts(sampling=sampling))
-    run(tmp_path, grpo(), rollouts(sampling=sampling))
+    _, phases = run(tmp_path, grpo(), rollouts(sampling=sampling))
+    assert not [name for name in phases.figures[0] if name.startswith("train/sampling/")]
 
 
 # The entropy bonus

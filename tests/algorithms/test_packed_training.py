@@ -9,28 +9,20 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from tiny import CHARACTERS, ScriptedEngine, quiet_trainer, rollouts, sequences
+from tiny import (
+    ScriptedEngine,
+    grpo,
+    quiet_trainer,
+    rollouts,
+    sequences,
+    sft,
+    tiny_float64_model,
+)
 
-from rlhf_lightning.algorithms import GRPOModule, KLConfig, SFTModule
+from rlhf_lightning.algorithms import KLConfig
 from rlhf_lightning.core.module import BaseModule
 from rlhf_lightning.models import policy
 from rlhf_lightning.types import SamplingParams
-
-# GPT-2, because transformers computes parts of a Llama in float32 whatever the precision
-MODEL = {
-    "config": {
-        "model_type": "gpt2",
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 64,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-    },
-    "characters": CHARACTERS,
-    "init_seed": 0,
-}
 
 
 class Losses(Callback):
@@ -52,9 +44,9 @@ def scripted() -> LightningDataModule:
 
 
 RUNS: dict[str, tuple[Callable[..., BaseModule], Callable[[], LightningDataModule]]] = {
-    "sft": (SFTModule, sequences),
-    "grpo": (lambda *a, **o: GRPOModule(*a, kl=KLConfig(coef=0.0), **o), scripted),
-    "grpo with a reference": (lambda *a, **o: GRPOModule(*a, kl=KLConfig(coef=0.1), **o), scripted),
+    "sft": (sft, sequences),
+    "grpo": (lambda **o: grpo(kl=KLConfig(coef=0.0), **o), scripted),
+    "grpo with a reference": (lambda **o: grpo(kl=KLConfig(coef=0.1), **o), scripted),
 }
 
 
@@ -76,7 +68,10 @@ def test_losses_and_weights_are_those_of_padded_rows(
     make_module, make_data = RUNS[name]
     results = []
     for packing in (True, False):
-        module, losses = make_module(MODEL, optimizer=sgd, packing=packing), Losses()
+        module, losses = (
+            make_module(model=tiny_float64_model(), optimizer=sgd, packing=packing),
+            Losses(),
+        )
         trainer = quiet_trainer(
             tmp_path,
             max_epochs=2,

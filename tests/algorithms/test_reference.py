@@ -96,6 +96,27 @@ def test_a_moved_reference_stays_where_it_is_if_the_option_is_taken_back(tmp_pat
     assert "reference" in saved["rlhf_lightning_frozen"]["models"]
 
 
+def test_a_module_cannot_go_back_to_before_its_reference_moved(tmp_path: Path) -> None:
+    """A checkpoint from then does not hold the first weights, and the module no longer has them."""
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    how = {"reference": {"refresh_every": 2}}
+    module, weights = grpo(**how), Weights()
+    quiet_trainer(tmp_path, max_epochs=4, callbacks=[saver, weights]).fit(module, rollouts())
+
+    def resume(epoch: int, again: Any) -> list[torch.Tensor]:
+        trainer, seen = quiet_trainer(tmp_path, max_epochs=4), Weights()
+        trainer.callbacks.append(seen)
+        trainer.fit(again, rollouts(), ckpt_path=str(tmp_path / f"epoch={epoch}.ckpt"))
+        return seen.references
+
+    with pytest.raises(RuntimeError, match="from before the reference model first moved"):
+        resume(0, module)
+    for epoch, again in ((2, module), (0, grpo(**how))):
+        references = resume(epoch, again)
+        for found, expected in zip(references, weights.references[epoch + 1 :], strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_a_second_run_of_the_module_counts_its_own_phases(tmp_path: Path) -> None:
     module, weights = grpo(reference={"refresh_every": 2}), Weights()
     for _ in range(2):

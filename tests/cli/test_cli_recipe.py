@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,3 +181,8 @@ def test_yaml_comes_back_as_it_was(value: object) -> None:
 def test_numbers(text: str, value: object) -> None:
     assert parse_yaml(text) == value
     assert type(parse_yaml(text)) is type(value)
+
+
+def test_a_key_that_is_no_plain_value_is_named_by_its_line() -> None:
+    with pytest.raises(yaml.YAMLError, match="the key in line 2 is no plain value"):
+        parse_yaml("a: 1\n? {b: c}\n: 2\n")

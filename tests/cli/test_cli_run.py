@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 from rlhf_lightning.cli import run as run_module
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.recipe import RecipeError, read_recipe
-from rlhf_lightning.cli.report import last_samples, print_report, printable, samples_table
+from rlhf_lightning.cli.report import last_samples, print_report, samples_table
 from rlhf_lightning.cli.run import Marker, run_recipe
+from rlhf_lightning.cli.text import printable
 from rlhf_lightning.events import RolloutCallback
 
 EXPORT = {"class_path": "HFExport", "init_args": {"folder": "${output}/export"}}
@@ -310,3 +312,16 @@ def test_a_recipe_without_samples_or_summary_is_reported(
 ) -> None:
     print_report(read_recipe(recipe_folder), Path("out"), {"seconds": 1.0})
     assert "seconds" in capsys.readouterr().out
+
+
+def test_a_figure_that_is_no_number_is_null_in_files(tmp_path: Path) -> None:
+    Marker("digest", done=True, metrics={"loss": math.nan, "reward": 0.5}).write(tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((tmp_path / "stage.json").read_text(), parse_constant=refuse)
+    marker = Marker.read(tmp_path)
+    assert marker is not None
+    assert math.isnan(marker.metrics["loss"])
+    assert marker.metrics["reward"] == 0.5

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf_lightning.algorithms import SFTModule
 from rlhf_lightning.cli.callback_options import take_addressed
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.outputs import check_file, check_folder
@@ -226,3 +227,22 @@ def test_other_arguments_are_left_alone() -> None:
     assert take_addressed(arguments) == (arguments, [])
     added = ["--trainer.callbacks+=A", "--trainer.callbacks.b.c=1"]
     assert take_addressed(added) == (added, [])
+
+
+def test_rows_that_are_too_few_are_found_before_the_sanity_check(
+    grpo_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_yaml(Path(grpo_file))
+    rows = {"class_path": "ArithmeticPrompts", "init_args": {"size": 4, "digits": 1}}
+    model = config["model"]["init_args"]["model"]
+    config["model"] = {"class_path": "SFTModule", "init_args": {"model": model}}
+    config["data"] = {
+        "class_path": "SFTDataModule",
+        "init_args": {"dataset": rows, "validation": rows, "batch_size": 2},
+    }
+    Path("sft.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(SFTModule, "evaluation_step", None)
+    flags = ["--trainer.num_sanity_val_steps=2", "--trainer.accumulate_grad_batches=3"]
+    assert "too few for 1 processes x accumulate_grad_batches=3" in refusal(
+        capsys, ["fit", "--config", "sft.yaml", *flags], monkeypatch
+    )

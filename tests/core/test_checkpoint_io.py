@@ -135,7 +135,7 @@ while True:
 
 def test_kill_9_while_saving_never_harms_the_newest_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    for delay in (0.0, 0.004, 0.009, 0.015):
+    for delay in (0.004, 0.015):
         saver = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(path)], stdout=subprocess.PIPE, text=True
         )

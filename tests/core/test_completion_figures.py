@@ -92,12 +92,25 @@ def test_figures_survive_a_checkpoint_and_merge() -> None:
     first.add("loss", torch.tensor(1.5), 2)
     first.count("timeouts", 3)
     first.extreme("longest", 7, "max")
+    first.add_all(["a", "b"], torch.tensor([1.0, 0.1]), torch.tensor(4))
     second.load_gathered_state(first.gathered_state())
     for metrics in (first, second):
         metrics.add("loss", 0.5, 2)
         metrics.count("timeouts", 1)
         metrics.extreme("longest", 5, "max")
-    assert first.compute() == second.compute() == {"loss": 0.5, "timeouts": 4.0, "longest": 7.0}
+        metrics.mark()
+        metrics.add_all(["a", "b"], torch.tensor([9.0, 9.0]), torch.tensor(9))
+        metrics.rewind()
+        metrics.add_all(["a", "b"], torch.tensor([2.0, 0.2]), torch.tensor([2, 8]))
+        metrics.add("a", 3.0, 2)
+    assert first.compute() == second.compute()
+    assert first.compute() == pytest.approx(
+        {"loss": 0.5, "timeouts": 4.0, "longest": 7.0, "a": 0.75, "b": 0.025}
+    )
+    first.add_all(["a", "b"], torch.tensor([0.0, 0.0]), torch.tensor(0))
+    second.discard("b")
+    assert "b" in first.compute()
+    assert second.compute() == {k: v for k, v in first.compute().items() if k != "b"}
     first.merge(second, prefix="rollout/")
     assert first.local()["rollout/timeouts"] == 4.0
     first.reset()

@@ -282,13 +282,32 @@ def test_a_prompt_that_comes_again_is_answered_anew() -> None:
     assert len(set(answers)) == 4
 
 
-def test_processes_that_draw_other_prompts_are_found_out() -> None:
+@pytest.mark.parametrize("first", [0, 3])
+def test_processes_that_draw_other_prompts_are_found_out_by_all(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they differ in what is one process's share: the others would wait for it."""
+
     class Own(Script):
         def draw(self, count: int, phase: int) -> list[int]:
-            return [collection.rank()] * count
+            return [1] * first + [collection.rank()] * (count - first)
 
+    raised: list[str] = []
+    collect = PhaseCollector.collect
+
+    def watched(self: PhaseCollector, *args: Any, **kwargs: Any) -> Rollouts:
+        try:
+            return collect(self, *args, **kwargs)
+        except RuntimeError as error:
+            raised.append(str(error))
+            raise
+
+    monkeypatch.setattr(threading.Barrier, "abort", lambda self: None)  # each finds out by itself
+    monkeypatch.setattr(PhaseCollector, "collect", watched)
     with pytest.raises(RuntimeError, match=r"Own\.draw\(\) returned other prompts on other proc"):
         phases(["varied"] * 4, 4, None, ranks=2, make_sampler=Own)
+    assert len(raised) == 2
+    assert raised[0] == raised[1]
 
 
 def test_progress_counts_on_over_rounds() -> None:

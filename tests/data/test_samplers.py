@@ -181,6 +181,13 @@ def test_learnability_repeats_only_what_it_must() -> None:
     assert sorted(nothing.draw(6, 0)) == [*range(6)]
 
 
+def test_learnability_goes_on_where_one_category_has_nothing_to_teach() -> None:
+    sampler = ready(LearnabilitySampler(floor=0.0), {"a": 0.5, "b": 0.5})
+    sampler.update(range(6), [[0, i % 2] for i in range(6)])
+    for _ in range(5):
+        assert sorted(sampler.draw(6, 0)) == [*range(6)]
+
+
 def test_learnability_keeps_the_proportions_of_a_mixture() -> None:
     sampler = ready(LearnabilitySampler(), WEIGHTS)
     sampler.update([1, 3, 5], [[0, 1]] * 3)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import ScriptedEngine, Sums, grpo, quiet_trainer, rollouts, sequences, sft
+from tiny import (
+    ScriptedEngine,
+    Sums,
+    grpo,
+    quiet_trainer,
+    rollouts,
+    sequences,
+    sft,
+    tiny_float64_model,
+)
 
 from rlhf_lightning.algorithms import AdvantageConfig, PolicyLossConfig
 from rlhf_lightning.data import PhaseConfig, PromptMixture, ValidationConfig
@@ -40,7 +49,10 @@ def scripted() -> Any:
 
 
 def make(mode: str) -> tuple[Any, Any, dict[str, Any]]:
-    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.5)}
+    sgd: dict[str, Any] = {
+        "model": tiny_float64_model(),
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.5),
+    }
     if mode == "grpo-options":
         options = {
             "policy_loss": {"objective": "cispo", "mask_truncated": True, "entropy_coef": 0.01},

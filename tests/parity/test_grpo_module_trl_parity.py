@@ -242,7 +242,11 @@ def test_loss_gradients_and_figures(name: str, tmp_path: Any) -> None:
             # TRL takes the mean of flags in single precision
             assert figures[f"train/{figure}"] == pytest.approx(logged[figure], rel=1e-6), figure
         if corrects:
-            assert figures["train/sampling/missing_logprobs"] == 2 * missing
+            tokens = sum(LENGTHS)
+            if our_options["policy_loss"].get("mask_truncated"):
+                tokens -= sum(n for n, cut in zip(LENGTHS, TRUNCATED, strict=True) if cut)
+            share = 2 * missing / tokens
+            assert figures["train/sampling/frac_missing_logprobs"] == pytest.approx(share)
             assert 0 < figures["train/sampling/importance_sampling_ratio/out_of_bounds"] < 1
         else:
             assert figures["train/clip_ratio/region_mean"] < 1

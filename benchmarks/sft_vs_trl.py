@@ -1,0 +1,222 @@
+"""Supervised fine-tuning against TRL's SFTTrainer: same model, rows and optimizer, on a CPU.
+
+A step is 16 rows of 16 to 256 tokens, half of the longest on average; each has a prompt of 8 tokens
+that is not trained on. TRL runs without gradient checkpointing, with its chunked loss, in each way
+that it has of dealing with ragged rows on a CPU: batches of rows as they come, batches of similar
+lengths, and rows laid end to end ("padding-free": on a CPU one attention mask over all of them).
+With batches of similar lengths a step is another choice of rows; all other contestants take the
+same rows in the same order, and their losses are compared.
+
+    python benchmarks/sft_vs_trl.py --json outputs/bench/sft_vs_trl.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _duel import Score, Turn, duel
+from grpo_vs_trl import SIZES, make_model, make_tokenizer
+
+ROWS, LONGEST, PROMPT = 16, 256, 8
+EPOCH = 64 * ROWS  # rows to choose from, for batches of similar lengths
+LEARNING_RATE = 2e-5
+
+
+def make_rows(vocab: int, count: int) -> list[dict[str, str]]:
+    """Prompts and completions of numbers as words."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def words(number: int) -> str:
+        return " ".join(map(str, torch.randint(2, vocab, (number,), generator=generator).tolist()))
+
+    # the EOS is one more token
+    lengths = torch.randint(15 - PROMPT, LONGEST - PROMPT, (count,), generator=generator)
+    return [{"prompt": words(PROMPT), "completion": " " + words(n)} for n in lengths.tolist()]
+
+
+def ours(turn: Turn, size: str, steps: int, packing: bool) -> None:
+    """``SFTModule`` on an ``SFTDataModule``."""
+    import torch
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    from rlhf_lightning import PromptSource, SFTDataModule, SFTModule
+
+    vocab = SIZES[size]["vocab_size"]
+
+    class Rows(PromptSource):
+        def load(self) -> list[dict[str, Any]]:
+            return make_rows(vocab, EPOCH)
+
+    class Clock(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            turn.begin()
+
+        def on_train_batch_end(
+            self, trainer: Any, _: Any, outputs: Any, batch: Any, *rest: Any
+        ) -> None:
+            turn.end(loss=float(outputs["loss"]), tokens=float(batch.attention_mask.sum()))
+            if trainer.global_step < steps:
+                turn.begin()
+
+    seed_everything(0, verbose=False)
+    module = SFTModule(
+        make_model(size),
+        make_tokenizer(vocab),
+        optimizer=lambda params: torch.optim.AdamW(
+            params, lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        ),
+        packing=packing,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            callbacks=[Clock()],
+            gradient_clip_val=1.0,
+            log_every_n_steps=10,  # TRL's default
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        ).fit(module, SFTDataModule(Rows(), batch_size=ROWS))
+
+
+def theirs(turn: Turn, size: str, steps: int, sampling: str, padding_free: bool) -> None:
+    """TRL's ``SFTTrainer``."""
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from rlhf_lightning.core.seeding import permutation
+
+    vocab = SIZES[size]["vocab_size"]
+    rows = make_rows(vocab, EPOCH)
+    order = permutation(len(rows), 0, "rows", 0).tolist()  # as SFTDataModule takes them
+    found: dict[str, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turn.begin()
+
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            turn.end(**found)
+            if state.global_step < steps:
+                turn.begin()
+
+    class Trainer(trl.SFTTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            # without padding there is no mask, and every id is a token
+            mask = inputs.get("attention_mask")
+            found["tokens"] = float(inputs["input_ids"].numel() if mask is None else mask.sum())
+            loss = super().training_step(model, inputs, *args)
+            found["loss"] = float(loss)
+            return loss
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(
+            model=make_model(size),
+            args=trl.SFTConfig(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=False,
+                report_to=["tensorboard"],
+                disable_tqdm=True,
+                save_strategy="no",
+                max_steps=steps,
+                per_device_train_batch_size=ROWS,
+                max_length=None,
+                train_sampling_strategy=sampling,
+                padding_free=padding_free,
+                gradient_checkpointing=False,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                max_grad_norm=1.0,
+                logging_steps=10,
+            ),
+            train_dataset=Dataset.from_list([rows[i] for i in order]),
+            processing_class=make_tokenizer(vocab),
+            callbacks=[Clock()],
+        ).train()
+
+
+CONTESTANTS = {
+    "ours": partial(ours, packing=True),
+    "ours, padded": partial(ours, packing=False),
+    "TRL": partial(theirs, sampling="sequential", padding_free=False),
+    "TRL, by length": partial(theirs, sampling="group_by_length", padding_free=False),
+    "TRL, padding-free": partial(theirs, sampling="sequential", padding_free=True),
+}
+ROW = "{:<5} {:<18} {:>9} {:>9} {:>9} {:>9}"
+
+
+def report(size: str, scores: dict[str, Score]) -> dict[str, Any]:
+    """Print a row each, and how the best of TRL compares; returns the figures.
+
+    Times are per 1,000 tokens, the median over steps: batches of similar lengths differ in size.
+    """
+    found: dict[str, Any] = {"size": size}
+    for name, score in scores.items():
+        figures = {
+            key: statistics.median(1000 * turn[key] / turn["tokens"] for turn in score.turns)
+            for key in ("wall_s", "cpu_s")
+        }
+        figures |= {"loss": score.median("loss"), "peak_mib": score.highest("peak_mib")}
+        found[name] = {key: round(value, 4) for key, value in figures.items()}
+        cells = [f"{figures[key]:.3f}" for key in ("wall_s", "cpu_s", "loss")]
+        print(ROW.format(size, name, *cells, f"{figures['peak_mib']:.0f}"))
+    peers = [name for name in scores if name.startswith("TRL")]
+    for mine in ("ours", "ours, padded"):
+        ratios: dict[str, Any] = {}
+        for key in ("wall_s", "cpu_s", "peak_mib"):
+            best = min(peers, key=lambda name: found[name][key])
+            ratios[key] = round(found[best][key] / found[mine][key], 3)
+            ratios[f"{key}_of"] = best
+        found[f"ratio, {mine}"] = ratios
+        print(f"      best of TRL / {mine}: {ratios}")
+    gaps = [
+        abs(a["loss"] - b["loss"]) / b["loss"]
+        for name in ("ours", "ours, padded", "TRL, padding-free")
+        for a, b in zip(scores[name].turns, scores["TRL"].turns, strict=True)
+    ]
+    found["largest_loss_gap"] = max(gaps)
+    print(f"      largest relative difference of losses on the same rows: {max(gaps):.1e}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    args = parser.parse_args()
+    print(ROW.format("model", "", "wall s/kt", "CPU s/kt", "loss", "peak MiB"))
+    runs = []
+    for size in args.sizes:
+        scores = duel(CONTESTANTS, (size, args.turns + 1), turns=args.turns, threads=args.threads)
+        runs.append(report(size, scores))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "name": "sft_vs_trl",
+            "command": shlex.join(["python", *sys.argv]),
+            "threads": args.threads,
+            "runs": runs,
+        }
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
