@@ -44,6 +44,10 @@ bench: install-dev
 	mkdir -p outputs/bench
 	$(BIN)/python benchmarks/rollout_engine.py --json outputs/bench/rollout_engine.json
 	$(BIN)/python benchmarks/math_reward.py --json outputs/bench/math_reward.json
+	$(BIN)/python benchmarks/grpo_vs_trl.py --json outputs/bench/grpo_vs_trl.json
+	$(BIN)/python benchmarks/sft_vs_trl.py --json outputs/bench/sft_vs_trl.json
+	$(BIN)/python benchmarks/memory.py --json outputs/bench/memory.json
+	$(BIN)/python benchmarks/overhead.py --json outputs/bench/overhead.json --plot outputs/bench/overhead.png
 
 lint: install-dev
 	$(BIN)/ruff check .

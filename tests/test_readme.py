@@ -7,6 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.cli.main import COMMANDS
+from rlhf_lightning.cli.trainer import RLHFCLI
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -43,3 +47,26 @@ def test_every_make_target_that_is_named_exists() -> None:
     }
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     assert {"quickstart", "install", "test", "test-all", "lint", "types"} <= named & targets
+
+
+def test_the_data_section_is_a_configuration(tmp_path: Path, monkeypatch: Any) -> None:
+    (section,) = blocks("yaml")
+    for name in ("easy", "hard"):
+        row = '{"prompt": "1+1=", "answer": "2"}\n'
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {class_path: GRPOModule, init_args: {model: any}}\n" + section)
+    monkeypatch.chdir(tmp_path)
+    cli = RLHFCLI(["fit", "--config", str(recipe)], check_only=True)
+    data = cli.parser.instantiate(cli.config)["fit"]["data"]
+    assert data.prompts.weights == {"easy": 0.25, "hard": 0.75}
+    assert data.phase.dynamic_sampling.reward in data.rewards.names
+    assert {row["category"] for row in data.prompts.load()} == {"easy", "hard"}
+
+
+def test_every_option_and_class_of_the_text_exists() -> None:
+    text = README.read_text()
+    for name in re.findall(r"recipes/([a-z_]+/[a-z0-9_]+\.yaml)", text):
+        assert (README.parent / "recipes" / name).is_file(), name
+    for command in re.findall(r"^rlhf-lightning ([a-z]+)", text, flags=re.MULTILINE):
+        assert command in COMMANDS

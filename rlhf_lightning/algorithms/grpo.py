@@ -204,8 +204,8 @@ class GRPOModule(PolicyGradientModule):
         assert entropy is not None
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         surrogate = self._surrogate(logprobs, old_logprobs, batch)
-        per_token = surrogate.loss * self._engine_weights(old_logprobs, batch)
-        figures = {"entropy": entropy}
+        figures = {"entropy": entropy, **self._clipping(surrogate, batch.loss_mask)}
+        per_token = surrogate.loss * self._engine_weights(old_logprobs, batch, figures)
         if batch.ref_logprobs is not None:
             figures["kl"] = self._kl(logprobs, batch)
             if self.kl.placement == "loss":
@@ -216,7 +216,6 @@ class GRPOModule(PolicyGradientModule):
             loss = loss - self.policy_loss.entropy_coef * self._aggregated(entropy, batch)
         self.phase_metrics.add("train/loss", loss)
         self.log_token_means(batch.loss_mask, figures)
-        self._log_clipping(surrogate, batch.loss_mask)
         return loss
 
     def _surrogate(
@@ -242,8 +241,13 @@ class GRPOModule(PolicyGradientModule):
         per_sequence = self.policy_loss.aggregation == "sequence"
         return aggregate_loss(per_token, batch.loss_mask, batch.loss_denominator, per_sequence)
 
-    def _engine_weights(self, old_logprobs: Tensor, batch: RolloutBatch) -> Tensor | float:
-        """``[B, T]`` weights for the difference between engine and trainer; log how large it is."""
+    def _engine_weights(
+        self, old_logprobs: Tensor, batch: RolloutBatch, figures: dict[str, Tensor]
+    ) -> Tensor | float:
+        """``[B, T]`` weights for the difference between engine and trainer.
+
+        How large it is is logged; figures over all loss tokens are left to the caller to log.
+        """
         if not self._engine_is_comparable:
             return 1.0
         difference = (old_logprobs - batch.rollout_logprobs).abs()
@@ -252,10 +256,9 @@ class GRPOModule(PolicyGradientModule):
         name = "sampling/sampling_logp_difference"
         self.log_token_means(known, {f"{name}/mean": difference})
         self.log_extreme(f"{name}/max", "max", difference, known)
-        means = {"sampling/frac_missing_logprobs": missing}
+        figures["sampling/frac_missing_logprobs"] = missing
         how = self.importance_sampling
         if how is None:
-            self.log_token_means(batch.loss_mask, means)
             return 1.0
         found = importance_weights(
             old_logprobs,
@@ -267,20 +270,18 @@ class GRPOModule(PolicyGradientModule):
             floor=how.floor,
         )
         name = "sampling/importance_sampling_ratio"
-        means |= {f"{name}/mean": found.ratio, f"{name}/out_of_bounds": found.out_of_bounds}
-        self.log_token_means(batch.loss_mask, means)
+        figures[f"{name}/mean"] = found.ratio
+        figures[f"{name}/out_of_bounds"] = found.out_of_bounds
         self.log_extreme(f"{name}/min", "min", found.ratio, batch.loss_mask)
         self.log_extreme(f"{name}/max", "max", found.ratio, batch.loss_mask)
         return found.weight
 
-    def _log_clipping(self, surrogate: PolicyLossOutput, loss_mask: Tensor) -> None:
-        """Shares of tokens, and of the completion with the least (low) and the most (high)."""
-        clipped = torch.stack([surrogate.clipped_low, surrogate.clipped_high]).sum(dim=2)
-        low, high = clipped.sum(dim=1)
+    def _clipping(self, surrogate: PolicyLossOutput, loss_mask: Tensor) -> dict[str, Tensor]:
+        """Which tokens were clipped; log the least (low) and the most (high) of a completion."""
+        low, high = surrogate.clipped_low, surrogate.clipped_high
         lengths = loss_mask.sum(dim=1)
-        names = [f"train/clip_ratio/{name}_mean" for name in ("low", "high", "region")]
-        # a token is not clipped at both ends
-        self.phase_metrics.add_all(names, torch.stack([low, high, low + high]), lengths.sum())
-        shares = clipped / lengths.clamp(min=1)
+        shares = torch.stack([low, high]).sum(dim=2) / lengths.clamp(min=1)
         self.log_extreme("clip_ratio/low_min", "min", shares[0], lengths > 0)
         self.log_extreme("clip_ratio/high_max", "max", shares[1], lengths > 0)
+        means = {"low_mean": low, "high_mean": high, "region_mean": low | high}
+        return {f"clip_ratio/{name}": clipped for name, clipped in means.items()}

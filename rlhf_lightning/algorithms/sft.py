@@ -120,7 +120,8 @@ class SFTModule(BaseModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count on from there."""
         super().on_load_checkpoint(checkpoint)
-        self._num_tokens = self._num_tokens_before_step = checkpoint[_SAVED]
+        # absent from what earlier versions wrote, which is evaluated but not continued
+        self._num_tokens = self._num_tokens_before_step = checkpoint.get(_SAVED, 0)
 
     def _statistics(self, batch: SequenceBatch) -> TokenStatistics:
         assert self.policy is not None

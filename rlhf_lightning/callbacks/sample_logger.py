@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.events import RolloutCallback
-from rlhf_lightning.io.jsonl import JsonlWriter
+from rlhf_lightning.io.jsonl import JsonlWriter, plain
 from rlhf_lightning.types import RolloutBatch
 
 _COLUMNS = ("prompt", "completion", "reward", "verdict", "advantage", "tokens")
@@ -80,7 +79,7 @@ class SampleLogger(RolloutCallback):
             return
         kept = samples[: self.max_samples]
         file = self._file(trainer, phase)
-        file.write(*({"step": phase, **_plain(sample)} for sample in kept))
+        file.write(*({"step": phase, **plain(sample)} for sample in kept))
         if self.table_rows:
             table = samples_table(kept[: self.table_rows], self.max_characters)
             for logger in trainer.loggers:
@@ -99,11 +98,6 @@ def _put_aside(path: Path) -> None:
     while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(aside)
-
-
-def _plain(sample: dict[str, Any]) -> dict[str, Any]:
-    """The sample with everything that JSON has no form for as its text."""
-    return json.loads(json.dumps(sample, default=str))
 
 
 def samples_table(samples: list[dict[str, Any]], max_characters: int) -> str:

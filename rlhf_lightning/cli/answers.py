@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_lightning.cli.json_files import plain, write_json
-from rlhf_lightning.cli.outputs import check_file
+from rlhf_lightning.cli.outputs import check_file, write_json
 from rlhf_lightning.cli.text import printable, visible
-from rlhf_lightning.io.jsonl import JsonlWriter, read_jsonl
+from rlhf_lightning.io.jsonl import JsonlWriter, plain, read_jsonl
 
 Record = dict[str, Any]
 
@@ -128,7 +127,7 @@ class AnswerFile:
         changes += [
             f"the prompt of {name} was {str(self.done[name])[:60]!r} and is {str(prompt)[:60]!r}"
             for name, prompt in prompts.items()
-            if self.done.get(name, prompt) != prompt
+            if self.done.get(name) not in (None, plain(prompt))
         ][:1]
         if changes:
             raise ValueError(

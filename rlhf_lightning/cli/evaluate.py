@@ -44,7 +44,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     mine = parser()
     options, others = mine.parse_known_args(arguments)
     for flag in others:  # Lightning's parser would not think of --output
-        if nearest(flag.partition("=")[0].lstrip("-"), ["output"]):
+        if flag.startswith("-") and nearest(flag.partition("=")[0].lstrip("-"), ["output"]):
             mine.error(f"unrecognized arguments: {flag}")
     from rlhf_lightning.cli.evaluation import EvaluationReport
     from rlhf_lightning.cli.trainer import run_trainer

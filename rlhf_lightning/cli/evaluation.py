@@ -9,12 +9,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.cli.json_files import plain, write_json
-from rlhf_lightning.cli.outputs import check_folder
+from rlhf_lightning.cli.outputs import check_folder, write_json
 from rlhf_lightning.cli.report import samples_table
 from rlhf_lightning.cli.text import short_path, table
 from rlhf_lightning.core.distributed import gather_objects, rank, world_size
-from rlhf_lightning.io.jsonl import JsonlWriter
+from rlhf_lightning.io.jsonl import JsonlWriter, plain
 
 METRICS = "metrics.json"
 SAMPLES = "samples.jsonl"

@@ -120,7 +120,8 @@ def encode(
         )
     for line in describe("prompts", len(rows), {**report, "dropped_too_long": long}):
         sys.stderr.write(f"{line}\n")
-    kept = [i for i, number in enumerate(numbers) if number not in set(long)]
+    left_out = set(long)
+    kept = [i for i, number in enumerate(numbers) if number not in left_out]
     return [prompts[i] for i in kept], [numbers[i] for i in kept]
 
 

@@ -1,9 +1,14 @@
-"""Whether a command will be able to write what it is going to write."""
+"""Files that a command writes: whether it will be able to, and JSON that is there whole."""
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.io.jsonl import plain
 
 
 def check_folder(folder: str | Path, option: str) -> None:
@@ -45,3 +50,11 @@ def check_file(path: str | Path, option: str) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(f"{option}: {path} cannot be written to ({reason})") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one move; what JSON has no form for is written as of ``plain``."""
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(plain(content), indent=2, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)

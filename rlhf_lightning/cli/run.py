@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TypeGuard
 
 from rlhf_lightning.cli.arguments import ArgumentParser
-from rlhf_lightning.cli.json_files import write_json
 from rlhf_lightning.cli.messages import nearest
+from rlhf_lightning.cli.outputs import write_json
 from rlhf_lightning.cli.recipe import Recipe, RecipeError, Stage, read_recipe
 from rlhf_lightning.cli.report import print_report
 from rlhf_lightning.cli.yaml_files import dump_yaml

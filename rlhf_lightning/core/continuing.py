@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_lightning.core.reading import read_checkpoint
+from rlhf_lightning.core.reading import CHECKPOINT_KEY, LAYOUT, read_checkpoint
 
 ModuleT = TypeVar("ModuleT", bound=LightningModule)
 
@@ -48,18 +48,27 @@ def check_weights_fit(checkpoint: Mapping[str, Any], module: LightningModule) ->
 
 
 def check_whole(checkpoint: Mapping[str, Any], module: LightningModule) -> None:
-    """Refuse to train on from a checkpoint that holds only weights (other uses need no more).
+    """Refuse to train on from a checkpoint that lacks what this takes (other uses need less).
 
     Args:
         checkpoint: the checkpoint.
         module: the module that is to continue it.
 
     Raises:
-        ValueError: naming what it lacks.
+        ValueError: if it holds only weights, or is of another version of this package.
     """
     trainer: Any = module._trainer
     if trainer is None or trainer.state.fn != "fit":
         return
+    layout = checkpoint.get(CHECKPOINT_KEY, {}).get("layout", 1)
+    if layout != LAYOUT:
+        which = "an earlier" if layout < LAYOUT else "a later"
+        raise ValueError(
+            f"ckpt_path: the checkpoint was written by {which} version of rlhf_lightning (layout"
+            f" {layout}; this one has {LAYOUT}), which keeps the state of a run in another way."
+            " Finish the run with that version, or start anew from its weights: `rlhf-lightning"
+            " export` makes a folder of them, to be given as model"
+        )
     if not trainer.strategy.lightning_restore_optimizer:  # it keeps these elsewhere
         return
     wanted = ("loops", "optimizer_states", "lr_schedulers", "callbacks")

@@ -25,6 +25,7 @@ from rlhf_lightning.core.frozen import FrozenModels
 from rlhf_lightning.core.graceful_stop import GracefulStop
 from rlhf_lightning.core.metrics import PhaseMetrics
 from rlhf_lightning.core.progress import RolloutProgress
+from rlhf_lightning.core.reading import CHECKPOINT_KEY, LAYOUT
 from rlhf_lightning.core.rng import RNGState
 from rlhf_lightning.core.watchdog import Watchdog
 from rlhf_lightning.io.secrets import redact
@@ -35,8 +36,6 @@ from rlhf_lightning.models.loading import (
     prepare_for_training,
 )
 from rlhf_lightning.models.policy import CausalPolicy
-
-_CHECKPOINT_KEY = "rlhf_lightning"
 
 
 class BaseModule(LightningModule):
@@ -234,8 +233,9 @@ class BaseModule(LightningModule):
         for key in ("hyper_parameters", "datamodule_hyper_parameters"):
             if key in checkpoint:
                 checkpoint[key] = redact(checkpoint[key])
-        checkpoint[_CHECKPOINT_KEY] = {
+        checkpoint[CHECKPOINT_KEY] = {
             "algorithm": self.algorithm,
+            "layout": LAYOUT,
             "chat_template": self.tokenizer.chat_template,  # may come from the data module
         }
 
@@ -245,7 +245,7 @@ class BaseModule(LightningModule):
         Raises:
             ValueError: if the checkpoint was written by another algorithm.
         """
-        saved = checkpoint.get(_CHECKPOINT_KEY, {}).get("algorithm")
+        saved = checkpoint.get(CHECKPOINT_KEY, {}).get("algorithm")
         if saved != self.algorithm:
             found = saved or (
                 "another program (or by a module that overrides on_save_checkpoint without super())"

@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+CHECKPOINT_KEY = "rlhf_lightning"
+"""Where a checkpoint says what wrote it."""
+
+LAYOUT = 2
+"""Which entries a checkpoint has; higher where one that a resumed run needs has come or changed."""
+
 _VERSION = "pytorch-lightning_version"
 _OLDEST = 2
 _NEIGHBOURS = 8

@@ -17,12 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.config import as_config
-from rlhf_lightning.core.reading import read_checkpoint
+from rlhf_lightning.core.reading import CHECKPOINT_KEY, read_checkpoint
 from rlhf_lightning.models.loading import ModelConfig, load_tokenizer, model_configuration
 from rlhf_lightning.models.restore import restore_causal_lm
-
-CHECKPOINT_KEY = "rlhf_lightning"
-"""Where a checkpoint says what wrote it."""
 
 _PREFIX = "policy.model."
 

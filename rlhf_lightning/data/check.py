@@ -237,7 +237,7 @@ class _Inspection:
             return
         prompts = {k: _key(row.get("prompt")) for k, row in enumerate(self.rows)}
         again = find_duplicates(prompts, "drop", len(self.rows), "prompts", "")
-        again = [k for k in again if k not in set(same)]
+        again = sorted(set(again) - set(same))
         if again:
             self._find("the prompt of an earlier row", again, is_problem=False)
 
@@ -271,12 +271,19 @@ class _Inspection:
         if name not in self.report.columns:
             self._find(f"there is no column {name!r}; there are {list(self.report.columns)}")
             return
-        missing = [k for k, row in enumerate(self.rows) if is_empty(row.get(name))]
+        missing: list[int] = []
+        rest: list[int] = []
+        for place, row in enumerate(self.rows):
+            (missing if is_empty(row.get(name)) else rest).append(place)
         if missing:
             self._find(f"the answer (its column {name!r}) is missing", missing)
-        rest = [k for k in range(len(self.rows)) if k not in set(missing)]
-        for place, why in self.checks.unusable([self.rows[k] for k in rest]).items():
-            self._find(f"the answer cannot be read: {why}", [rest[place]])
+        why = self.checks.unusable([self.rows[k] for k in rest])
+        if why:
+            found = sorted(why)
+            first = "" if len(found) == 1 else "of the first, "
+            self._find(
+                f"the answer cannot be read: {first}{why[found[0]]}", [rest[k] for k in found]
+            )
 
     def _categories(self) -> None:
         if CATEGORY not in self.report.columns:

@@ -74,6 +74,10 @@ class ResumableDataModule(LightningDataModule):
         return self.trainer
 
     @property
+    def _is_fitting(self) -> bool:
+        return self.trainer is None or bool(self.trainer.state.fn == "fit")
+
+    @property
     def _module(self) -> Any:
         return self._trainer.lightning_module
 
@@ -240,8 +244,13 @@ class ResumableDataModule(LightningDataModule):
         return {"epoch": self.epoch, "sizes": sizes, "ranks": gather_objects(mine)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there. With another number of ranks the running epoch's data are made anew."""
+        """Go on from there. With another number of ranks the running epoch's data are made anew.
+
+        An evaluation takes over no more than how far the run had come.
+        """
         self.epoch = state_dict["epoch"]
+        if not self._is_fitting:
+            return
         self._restored_sizes = state_dict["sizes"] or []
         self._served = False
         ranks = state_dict["ranks"]

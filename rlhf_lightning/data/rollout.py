@@ -292,7 +292,8 @@ class RolloutDataModule(ResumableDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state_dict)
-        self._stream.load_state_dict(state_dict["stream"])
+        if self._is_fitting:
+            self._stream.load_state_dict(state_dict["stream"])
 
     def epoch_state(self) -> dict[str, Any]:
         """The rollouts of the running phase and how they are cut."""
@@ -310,9 +311,8 @@ class RolloutDataModule(ResumableDataModule):
         self.rewards.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Let go of the engine: ``teardown`` is left out where a run fails or is stopped."""
-        self._bound = None
-        self.engine.close()
+        """The same: ``teardown`` is left out where a run fails or is stopped."""
+        self.teardown("")
 
     # Validation
 

@@ -7,6 +7,7 @@ next record to it and lose both, so the writer first cuts the file back to its l
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,22 @@ from typing import Any, NamedTuple
 from rlhf_lightning.io.disk import cannot_write
 
 Record = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """The same data in what JSON has: NaN and infinities become None, other objects their text.
+
+    Example:
+        >>> plain({"loss": float("nan"), "steps": (1, 2.5), "folder": Path("out")})
+        {'loss': None, 'steps': [1, 2.5], 'folder': 'out'}
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
 class JsonlWriter:

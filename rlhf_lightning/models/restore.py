@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,12 +55,10 @@ def restore_causal_lm(
         None, config=hf_config, state_dict=dict(weights), dtype=dtype
     )
     if config.path is not None:
-        try:
+        with suppress(OSError):  # it has none of its own: the one that follows from its config
             model.generation_config = GenerationConfig.from_pretrained(
                 config.path, revision=config.revision or "main"
             )
-        except OSError:  # it has none of its own: the one that follows from its configuration
-            pass
     check_vocabulary(model, tokenizer)
     ensure_pad_and_eos(tokenizer, model)
     return model.eval()

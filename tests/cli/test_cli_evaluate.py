@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_lightning.cli.json_files import plain, write_json
 from rlhf_lightning.cli.main import main
+from rlhf_lightning.cli.outputs import write_json
 from rlhf_lightning.cli.trainer import run_trainer
+from rlhf_lightning.io.jsonl import plain
 from rlhf_lightning.types import RewardResult
 
 
