@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from _duel import Turn, duel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 VOCABULARY, ROWS, LENGTH = 151_936, 8, 256
-LossFn = Callable[[PreTrainedModel, torch.Tensor, bool], torch.Tensor]
 
 
 def make_model() -> PreTrainedModel:
@@ -44,14 +44,14 @@ def make_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def make_loss(kind: str, model: PreTrainedModel) -> LossFn:
-    """The mean negative log-likelihood, computed as a contestant does it."""
+def make_loss(kind: str, model: PreTrainedModel, entropy: bool) -> Callable[[Tensor], Tensor]:
+    """From ids to their mean negative log-likelihood, computed as a contestant does it."""
     if kind == "ours":
         from rlhf_lightning.models.policy import CausalPolicy
 
         policy = CausalPolicy(model)
 
-        def ours(_: PreTrainedModel, ids: torch.Tensor, entropy: bool) -> torch.Tensor:
+        def ours(ids: Tensor) -> Tensor:
             ones = torch.ones_like(ids)
             found = policy(ids, ones, ones.bool(), with_entropy=entropy)
             return -found.logprobs.sum() / (ROWS * (LENGTH - 1))
@@ -60,18 +60,10 @@ def make_loss(kind: str, model: PreTrainedModel) -> LossFn:
     if kind == "TRL":
         from trl.trainer.utils import add_fused_lm_head
 
-        heads: list[bool] = []
+        add_fused_lm_head(model, outputs=("log_probs", "entropy") if entropy else ("log_probs",))
+        return lambda ids: model(input_ids=ids, labels=ids, fused_lm_head=True).loss
 
-        def trl(_: PreTrainedModel, ids: torch.Tensor, entropy: bool) -> torch.Tensor:
-            if not heads:
-                outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
-                add_fused_lm_head(model, outputs=outputs)
-                heads.append(True)
-            return model(input_ids=ids, labels=ids, fused_lm_head=True).loss
-
-        return trl
-
-    def full(_: PreTrainedModel, ids: torch.Tensor, entropy: bool) -> torch.Tensor:
+    def full(ids: Tensor) -> Tensor:
         logprobs = model(input_ids=ids).logits[:, :-1].log_softmax(dim=-1)
         if entropy:
             with torch.no_grad():
@@ -84,13 +76,13 @@ def make_loss(kind: str, model: PreTrainedModel) -> LossFn:
 def update(turn: Turn, entropy: bool, updates: int, kind: str) -> None:
     """A contestant."""
     model = make_model()
-    loss_of = make_loss(kind, model)
+    loss_of = make_loss(kind, model, entropy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(updates):
         ids = torch.randint(2, VOCABULARY, (ROWS, LENGTH), generator=generator)
         turn.begin()
-        loss = loss_of(model, ids, entropy)
+        loss = loss_of(ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

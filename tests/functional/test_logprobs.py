@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from rlhf_lightning import functional
+from rlhf_lightning.functional import _chunked_head
 from rlhf_lightning.functional import logprobs as module
 
 VOCABULARY, HIDDEN, ROWS, TOKENS = 31, 8, 3, 6
@@ -190,6 +191,29 @@ def test_accuracy_is_whether_the_token_is_the_argmax(head, chunk_size):
     torch.testing.assert_close(inputs["hidden"].grad, whole["hidden"].grad)
 
 
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_predictors_say_which_hidden_state_predicts_a_token(inputs, chunk_size):
+    """Hidden states in any order and shape give the same, to the last bit."""
+    expected = token_logprobs(**inputs, chunk_size=chunk_size, with_entropy=True)
+    order = torch.randperm(ROWS * TOKENS, generator=torch.Generator().manual_seed(2))
+    hidden = inputs["hidden"].flatten(0, 1)[order][None]
+    b, t = inputs["loss_mask"].nonzero().unbind(1)
+    predictors = order.argsort()[b * TOKENS + t - 1]
+    moved = {**inputs, "hidden": hidden, "predictors": predictors}
+    found = token_logprobs(**moved, chunk_size=chunk_size, with_entropy=True)
+    assert all(map(torch.equal, found, expected))
+    weights = torch.rand(2, ROWS, TOKENS, dtype=torch.float64)
+    assert all(
+        map(torch.equal, gradients(found, weights, inputs), gradients(expected, weights, inputs))
+    )
+    logits = F.linear(hidden, inputs["head_weight"], inputs["head_bias"])
+    ids, loss_mask = inputs["input_ids"], inputs["loss_mask"]
+    full = logprobs_from_logits(logits, ids, loss_mask, predictors=predictors, with_entropy=True)
+    torch.testing.assert_close(full, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=rf"predictors must be \[N\], here \[{len(b)}\]"):
+        token_logprobs(**{**moved, "predictors": predictors[1:]})
+
+
 def saved_numels(chunk_size):
     numels = []
 
@@ -218,13 +242,13 @@ def test_no_logits_are_held_for_the_backward_pass():
 def test_the_chunk_is_chosen_by_a_byte_budget(monkeypatch):
     """By default a small head takes one pass, which holds what autograd wants."""
     sizes = []
-    original = module._linear_chunks
+    original = _chunked_head._linear_chunks
 
     def spy(hidden, weight, bias, dtype, chunk_size):
         sizes.append(chunk_size)
         return original(hidden, weight, bias, dtype, chunk_size)
 
-    monkeypatch.setattr(module, "_linear_chunks", spy)
+    monkeypatch.setattr(_chunked_head, "_linear_chunks", spy)
     inputs = make_inputs(torch.float32)
     token_logprobs(**inputs)
     assert sizes == []
