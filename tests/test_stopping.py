@@ -22,6 +22,7 @@ from tiny import Sums, grpo, quiet_trainer, rollouts, sequences, sft, share_of_d
 
 from rlhf_lightning.core.interrupt import Stopped, interrupts
 from rlhf_lightning.data import PhaseConfig, ValidationConfig
+from rlhf_lightning.rewards import MathReward
 from rlhf_lightning.rollout.hf import HFEngine
 from rlhf_lightning.types import SamplingParams
 
@@ -324,6 +325,33 @@ def test_a_thread_that_is_not_the_main_one_trains_without_signals(tmp_path: Path
     thread.start()
     thread.join(timeout=60)
     assert trainer.global_step == 2
+
+
+def test_a_last_checkpoint_that_is_behind_is_pointed_out(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def warned(steps: int, *callbacks: Callback, save_last: bool | None = None) -> bool:
+        saver = ModelCheckpoint(
+            tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1, save_last=save_last
+        )
+        recwarn.clear()
+        trainer = quiet_trainer(tmp_path, max_steps=steps, callbacks=[saver, *callbacks])
+        trainer.fit(grpo(), rollouts(), ckpt_path="last")
+        return any("step=8.ckpt of step 8, which is newer" in str(w.message) for w in recwarn)
+
+    with pytest.raises(Stopped):
+        warned(12, SignalAt("on_train_batch_start", 4))
+    assert not warned(8)
+    assert warned(10, save_last=True)  # from step 4, and now it is the newest
+    assert not warned(12, save_last=True)
+
+
+def test_no_reward_worker_is_left_to_a_notebook(tmp_path: Path) -> None:
+    reward = MathReward(workers=1)
+    data = rollouts(rewards=[reward, NoisyReward(1)])
+    with pytest.raises(Stopped):
+        quiet_trainer(tmp_path, max_epochs=2).fit(grpo(), data)
+    assert reward.pool.pids == []
 
 
 STUBBORN = """

@@ -48,20 +48,22 @@ class SampleLogger(RolloutCallback):
         self.table_rows = table_rows
         self.max_characters = max_characters
         self._writer: JsonlWriter | None = None
-        self._written = False
+        self._continued = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note whether this goes on with a run: from a checkpoint, or with the same Trainer."""
+        self._continued = bool(trainer.ckpt_path) or trainer.current_epoch > 0
 
     def _file(self, trainer: Trainer, phase: int) -> JsonlWriter:
         """The open file, with what a killed run wrote beyond its checkpoint taken out."""
         if self._writer is None:
             folder = trainer.log_dir or trainer.default_root_dir
             path = Path(self.path or Path(folder) / "samples.jsonl")
-            continued = bool(trainer.ckpt_path) or self._written
-            if not continued and path.exists() and path.stat().st_size:
+            if not self._continued and path.exists() and path.stat().st_size:
                 _put_aside(path)
             self._writer = JsonlWriter(path)
-            if continued:
+            if self._continued:
                 self._writer.drop_after(phase - 1)
-            self._written = True
         return self._writer
 
     @rank_zero_only
@@ -91,6 +93,12 @@ class SampleLogger(RolloutCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Close it: ``teardown`` is left out where a run fails or is stopped."""
+        self.teardown(trainer, pl_module, "fit")
 
 
 def _put_aside(path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.cli.arguments import ArgumentParser, refusing
-from rlhf_lightning.cli.text import printable, table
+from rlhf_lightning.cli.text import many, printable, table
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.check import Column, DataReport, Finding, Lengths
@@ -91,7 +91,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     problems = sum(len(report.problems) for report in reports)
     if not options.json:
         several = "" if len(reports) == 1 else f" in {len(reports)} data sets"
-        print(f"{_many(problems, 'problem')}{several}" if problems else "no problems")
+        print(f"{many(problems, 'problem')}{several}" if problems else "no problems")
     return _FOUND if problems else 0
 
 
@@ -204,7 +204,7 @@ def describe(report: DataReport) -> str:
     kind = "no format of TRL's"
     if report.format is not None:
         kind = f"{report.format}, {'conversational' if report.conversational else 'standard'}"
-    parts = [f"{report.name}\n  {_many(report.rows, 'row')}, {kind}\n"]
+    parts = [f"{report.name}\n  {many(report.rows, 'row')}, {kind}\n"]
     if report.columns:
         parts.append(
             _table([("column", "holds", *_HEADINGS), *map(_column, report.columns.items())])
@@ -252,7 +252,3 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 def _wrapped(text: str, bullet: str) -> str:
     return textwrap.fill(text, _WIDTH, initial_indent=bullet, subsequent_indent="    ")
-
-
-def _many(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"

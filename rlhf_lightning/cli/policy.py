@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.restore import read_policy
+from rlhf_lightning.io.disk import first_line
 from rlhf_lightning.models.loading import (
     ModelConfig,
     load_causal_lm,
@@ -94,6 +95,6 @@ def chosen_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"--device {name}: this machine does not have it ({reason})") from error
     return device

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.cli.outputs import check_file, check_folder
-from rlhf_lightning.cli.text import short_path
+from rlhf_lightning.cli.text import many, short_path
 from rlhf_lightning.core.module import BaseModule
 from rlhf_lightning.data.resumable import ResumableDataModule
 from rlhf_lightning.data.rollout import RolloutDataModule
@@ -149,10 +149,6 @@ def class_path(thing: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _many(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def _run(trainer: Trainer, data: Any) -> Lines:
     what = "phase" if isinstance(data, RolloutDataModule) else "epoch"
     steps, epochs = None, trainer.max_epochs
@@ -160,11 +156,11 @@ def _run(trainer: Trainer, data: Any) -> Lines:
         steps = data.micro_batches_per_epoch() // trainer.accumulate_grad_batches
     parts = []
     if epochs not in (None, -1):
-        parts.append(_many(epochs, what))
-        parts += [_many(epochs * steps, "optimizer step")] if steps else []
+        parts.append(many(epochs, what))
+        parts += [many(epochs * steps, "optimizer step")] if steps else []
     elif trainer.max_steps != -1:
-        parts.append(_many(trainer.max_steps, "optimizer step"))
-        parts += [_many(-(-trainer.max_steps // steps), what)] if steps else []
+        parts.append(many(trainer.max_steps, "optimizer step"))
+        parts += [many(-(-trainer.max_steps // steps), what)] if steps else []
     machine = trainer.strategy.root_device.type
     size, precision = trainer.world_size, trainer.precision
     devices = f"{size} process{'es' if size > 1 else ''} on {machine}, precision {precision}"
@@ -185,7 +181,7 @@ def _places(trainer: Trainer) -> Lines:
 
 def _how_often(callback: ModelCheckpoint) -> str:
     if callback._every_n_train_steps:
-        return f"every {_many(callback._every_n_train_steps, 'step')}"
+        return f"every {many(callback._every_n_train_steps, 'step')}"
     if callback._every_n_epochs:
-        return f"every {_many(callback._every_n_epochs, 'epoch')}"
+        return f"every {many(callback._every_n_epochs, 'epoch')}"
     return f"every {callback._train_time_interval}"

@@ -48,6 +48,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def many(number: int, what: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> many(1, "row"), many(2000, "row")
+        ('1 row', '2,000 rows')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def short_path(place: Any) -> str:
     """A path as it is said from the working directory, if it lies below that."""
     path = Path(str(place))

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.core.continuing import check_optimizers
+from rlhf_lightning.core.reading import saved_step
 from rlhf_lightning.io.disk import free_bytes, is_full_disk
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Bookkeeper(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A new ``fit`` counts from zero."""
         self._module, self._trainer = pl_module, trainer  # type: ignore[assignment]
-        self._restored = None
+        self._restored, self._saved_optimizers = None, []
         if stage == "fit":
             self._module.phase_metrics.reset()  # type: ignore[union-attr]
 
@@ -73,6 +74,8 @@ class Bookkeeper(Callback):
         if self._restored is not None:
             self._module.phase_metrics.load_gathered_state(self._restored)
             self._restored = None
+        if trainer.ckpt_path and trainer.is_global_zero:
+            _warn_of_a_last_that_is_behind(trainer, Path(str(trainer.ckpt_path)))
         fit_loop = trainer.fit_loop
         done = fit_loop.epoch_loop.batch_progress.current.ready
         ended = 0 < done >= trainer.num_training_batches
@@ -186,6 +189,24 @@ def _warn_of_another_runs_last(trainer: Trainer) -> None:
                     f"{last} is of an earlier run. Until this one saves for the first time,"
                     " ckpt_path='last' would continue that one. Move it away, or change dirpath"
                 )
+
+
+def _warn_of_a_last_that_is_behind(trainer: Trainer, path: Path) -> None:
+    """Say so if a run goes on from a ``last.ckpt`` that is not the latest in its folder.
+
+    A run that is stopped leaves one, which the continued run does not replace without save_last.
+    """
+    if path.stem != ModelCheckpoint.CHECKPOINT_NAME_LAST or not path.is_file():
+        return
+    ages = {p: p.stat().st_mtime for p in path.parent.glob(f"*{path.suffix}") if p.is_file()}
+    latest = max(ages, key=lambda p: ages[p])
+    step = saved_step(latest) if ages[latest] > ages[path] else None
+    if step is not None and step > trainer.global_step:
+        rank_zero_warn(
+            f"{path} is of step {trainer.global_step}, and beside it there is {latest} of step"
+            f" {step}, which is newer. To go on from that one, give it as ckpt_path; with"
+            " ModelCheckpoint(save_last=True), last.ckpt is always the newest"
+        )
 
 
 def _validation_is_due(trainer: Trainer, done: int, ended: bool) -> bool:

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from rlhf_lightning.core.reading import read_checkpoint
-from rlhf_lightning.io.disk import cannot_write
+from rlhf_lightning.io.disk import cannot_write, first_line
 
 _PARTIAL = ".partial-checkpoint-"
 _INTACT = "An earlier checkpoint of this name is intact."
@@ -91,7 +91,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except UnpicklingError as error:
             raise TypeError(
                 f"{target}: this checkpoint could be written but never resumed, because it holds"
-                f" objects other than tensors and plain Python values ({_first_line(error)}). Keep"
+                f" objects other than tensors and plain Python values ({first_line(error)}). Keep"
                 " such objects out of save_hyperparameters() and state_dict()"
             ) from error
         self._checked = True
@@ -116,10 +116,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         See :func:`rlhf_lightning.core.reading.read_checkpoint`.
         """
         return read_checkpoint(path, map_location)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _host() -> str:

@@ -164,8 +164,9 @@ class BaseModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """What every run has: random state, figures, finite numbers, a bar, ways to end well."""
         given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        guard = [] if any(isinstance(c, FiniteGuard) for c in given) else [FiniteGuard()]
-        return [RNGState(), Bookkeeper(), *guard, RolloutProgress(), Watchdog(), GracefulStop()]
+        kinds = (RNGState, Bookkeeper, FiniteGuard, RolloutProgress, Watchdog, GracefulStop)
+        # not those that the user gave, or that an earlier call of the same Trainer has left
+        return [kind() for kind in kinds if not any(isinstance(c, kind) for c in given)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over named parameter groups; the schedule moves with optimizer steps."""

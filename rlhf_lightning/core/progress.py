@@ -26,7 +26,7 @@ class RolloutProgress(RolloutCallback):
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule, phase: int) -> None:
         """Remember what the bar shows."""
-        self._phase = phase
+        self._phase, self._before = phase, None
         bar = trainer.progress_bar_callback
         if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
             shown = bar.train_progress_bar

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from rlhf_lightning.io.disk import first_line
+
 CHECKPOINT_KEY = "rlhf_lightning"
 """Where a checkpoint says what wrote it."""
 
@@ -62,6 +64,14 @@ def read_checkpoint(
         raise ValueError(f"{error}{_another(Path(path))}") from error
 
 
+def saved_step(path: Path) -> int | None:
+    """Optimizer steps that a checkpoint has behind it, None if it is none. No tensor is read."""
+    try:
+        return int(_checked(_read(path, "meta"), path)["global_step"])
+    except (ValueError, OSError, KeyError):
+        return None
+
+
 def _compare_checksums(path: Path) -> None:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: this checkpoint is damaged: the file is empty.")
@@ -74,7 +84,7 @@ def _compare_checksums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path}: this checkpoint is damaged ({_first_line(error)}).") from error
+        raise ValueError(f"{path}: this checkpoint is damaged ({first_line(error)}).") from error
     if damaged is not None:
         raise ValueError(
             f"{path}: this checkpoint is damaged: the checksum of its part {damaged!r} is wrong."
@@ -92,7 +102,7 @@ def _read(path: str | Path, map_location: Any) -> Any:
     except PermissionError:
         raise
     except (RuntimeError, EOFError, KeyError, OSError) as error:
-        raise ValueError(f"{path}: this checkpoint is damaged ({_first_line(error)}).") from error
+        raise ValueError(f"{path}: this checkpoint is damaged ({first_line(error)}).") from error
 
 
 def _checked(found: Any, path: str | Path) -> dict[str, Any]:
@@ -126,10 +136,11 @@ def _another(path: Path) -> str:
     for other in others[:_NEIGHBOURS]:
         try:
             _compare_checksums(other)
-            step = _checked(_read(other, "meta"), other)["global_step"]
-        except (ValueError, OSError, KeyError):
+        except (ValueError, OSError):
             continue
-        return f" The newest whole checkpoint beside it is {other} (step {step})"
+        step = saved_step(other)
+        if step is not None:
+            return f" The newest whole checkpoint beside it is {other} (step {step})"
     return " There is no whole checkpoint beside it"
 
 
@@ -141,8 +152,4 @@ def _reason(error: BaseException) -> str:
     """What the unpickler met, without its advice to switch the check off."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line.startswith(("WeightsUnpickler error", "Unsupported"))]
-    return told[0] if told else _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return told[0] if told else first_line(error)

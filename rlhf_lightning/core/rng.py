@@ -57,8 +57,8 @@ class RNGState(Callback):
         self._trainer: Trainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Know the trainer."""
-        self._trainer, self._step_start = trainer, None
+        """Know the trainer, and forget an earlier run of it."""
+        self._trainer, self._step_start, self._restored = trainer, None, None
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks (only rank 0's dictionary reaches the file).

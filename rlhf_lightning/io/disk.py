@@ -26,7 +26,7 @@ def cannot_write(
     free = free_bytes(path)
     if isinstance(error.__context__, OSError):  # torch stumbles over its own half-written archive
         error = error.__context__
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     done = "" if written is None else f" after {written:,} bytes"
     found = OSError(
         " ".join(
@@ -54,5 +54,6 @@ def is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind, where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

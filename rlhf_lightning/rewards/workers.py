@@ -32,6 +32,7 @@ from rlhf_lightning.rewards._worker_process import (
 
 _CHUNK_ITEMS, _CHUNK_BYTES = 8, 64 << 10  # what a worker may hold unanswered
 _MAX_ATTEMPTS = 2  # a first death may be anybody's doing, a second on a fresh worker is the item's
+_PATIENCE = 1.0  # seconds to wait for a round to end before its workers are left alone
 _MAX_DEATHS = 20  # deaths in a row, with no answer in between, that stop a round
 
 
@@ -147,9 +148,15 @@ class WorkerPool:
             return _Round(self, messages, limit).run()
 
     def close(self) -> None:
-        """Kill the workers. The pool may be used again, and then starts new ones."""
-        with self._lock:
-            _kill_all(self._running, os.getpid())
+        """Kill the workers. The pool may be used again, and then starts new ones.
+
+        Where another thread is using them they stay, for a run that is stopped does not wait.
+        """
+        if self._lock.acquire(timeout=_PATIENCE):
+            try:
+                _kill_all(self._running, os.getpid())
+            finally:
+                self._lock.release()
 
     @property
     def pids(self) -> list[int]:

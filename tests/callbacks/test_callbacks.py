@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
-from tiny import grpo, quiet_trainer, rollouts, sequences, sft
+from tiny import Sums, grpo, quiet_trainer, rollouts, sequences, sft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.callbacks import HFExport, SampleLogger, Throughput
@@ -205,12 +205,32 @@ def test_a_run_with_nothing_left_under_max_steps_still_exports(tmp_path: Path) -
     assert (tmp_path / "export" / "config.json").exists()
 
 
-def test_a_new_run_puts_the_samples_of_an_earlier_one_aside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("logs", [1, 2])
+def test_a_new_run_puts_the_samples_of_an_earlier_one_aside(logs: int, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    for _ in range(2):
-        log = SampleLogger(path=str(path))
+    callbacks = [SampleLogger(path=str(path)) for _ in range(logs)]
+    for log in (callbacks[0], callbacks[-1]):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[log]).fit(grpo(), rollouts())
     assert path.read_text() == (tmp_path / "samples.1.jsonl").read_text()
+
+
+def test_a_callback_that_has_seen_a_run_fail_logs_the_resumed_one(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 1:
+                trainer.save_checkpoint(tmp_path / "phase-0.ckpt")
+            if trainer.global_step == 3:
+                raise RuntimeError("out of luck")
+
+    log = SampleLogger(path=str(tmp_path / "samples.jsonl"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        quiet_trainer(tmp_path, max_epochs=3, callbacks=[log, Fails()]).fit(grpo(), rollouts())
+    trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=[log])
+    trainer.fit(grpo(), rollouts(), ckpt_path=str(tmp_path / "phase-0.ckpt"))
+    assert [record["step"] for record in samples_of(tmp_path)] == [0] * 16 + [1] * 16 + [2] * 16
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(trainer.lightning_module, trainer.datamodule)
+    assert len(samples_of(tmp_path)) == 4 * 16
 
 
 def test_throughput_accounts_for_the_phase(tmp_path: Path) -> None:
@@ -264,6 +284,18 @@ def test_export_of_a_foreign_module_is_refused(tmp_path: Path) -> None:
 def test_records_are_json(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     callbacks = [SampleLogger(path=str(path), every_n_phases=2, max_samples=3)]
-    quiet_trainer(tmp_path, max_epochs=3, callbacks=callbacks).fit(grpo(), rollouts())
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    class WithEmptyCells(Sums):
+        """As Parquet and pandas hand over a number that is missing."""
+
+        def load(self) -> list[dict[str, Any]]:
+            return [{**row, "difficulty": float("nan")} for row in super().load()]
+
+    data = rollouts(prompts=WithEmptyCells())
+    quiet_trainer(tmp_path, max_epochs=3, callbacks=callbacks).fit(grpo(), data)
+    lines = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        for line in path.read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [0, 0, 0, 2, 2, 2]
+    assert lines[0]["columns"]["difficulty"] is None

@@ -136,6 +136,13 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     assert plain(True) is True
 
 
+def test_a_value_is_not_taken_for_a_misspelt_option(
+    grpo_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.default_root_dir", "outputs", "--ckpt_path", "no.ckpt"]
+    assert "there is no checkpoint 'no.ckpt'" in refusal(capsys, "--config", grpo_file, *options)
+
+
 REFUSED = [
     (["--outptu", "x"], "Did you mean: --output?"),
     (["--output", "grpo.yaml/report"], "--output: grpo.yaml/report cannot be written to"),

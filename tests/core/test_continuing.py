@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import adamw, quiet_trainer, sequences, sft, tiny_model
+from tiny import adamw, grpo, quiet_trainer, rollouts, sequences, sft, tiny_model
 
 from rlhf_lightning.algorithms import SFTModule
 
@@ -82,6 +82,44 @@ def test_weights_alone_are_not_continued_but_can_be_used(saved: Path) -> None:
     data = sequences(validation=sequences().dataset)
     quiet_trainer(saved).validate(sft(), data, ckpt_path=str(weights))
     SFTModule.load_from_checkpoint(weights)
+
+
+@pytest.mark.parametrize("what", ["sft", "grpo"])
+def test_another_versions_run_is_not_continued_but_its_weights_are_used(
+    what: str, tmp_path: Path
+) -> None:
+    module, data = {"sft": (sft, sequences), "grpo": (grpo, rollouts)}[what]
+    trainer = quiet_trainer(tmp_path, max_steps=3)
+    trainer.fit(module(), data())
+    path = tmp_path / "old.ckpt"
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path)
+    del checkpoint["rlhf_lightning"]["layout"]  # as the first version wrote them
+    checkpoint.pop("num_tokens", None)
+    checkpoint[type(data()).__qualname__].pop("stream", None)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"an earlier version of rlhf_lightning \(layout 1"):
+        quiet_trainer(tmp_path, max_steps=4).fit(module(), data(), ckpt_path=str(path))
+    held_out = sequences().dataset if what == "sft" else {"prompts": sequences().dataset}
+    evaluated = quiet_trainer(tmp_path)
+    evaluated.validate(module(), data(validation=held_out), ckpt_path=str(path))
+    weights = evaluated.lightning_module.state_dict()
+    for name, value in type(module()).load_from_checkpoint(path).state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][name])
+        assert torch.equal(value, weights[name])
+
+
+def test_a_trainer_that_is_used_again_says_nothing_of_our_callbacks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    module, data = sft(), sequences(validation=sequences().dataset)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, data)
+        trainer.validate(module, data)
+    assert "will override" not in caplog.text
+    kinds = [type(callback) for callback in trainer.callbacks]
+    assert len(kinds) == len(set(kinds))
 
 
 def test_options_that_stay_the_checkpoints_are_pointed_out(saved: Path) -> None:

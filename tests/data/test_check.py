@@ -154,6 +154,13 @@ def test_answers_are_read() -> None:
     assert problem.what == "there is no column 'answer'; there are ['prompt', 'gold']"
 
 
+def test_answers_that_cannot_be_read_are_one_problem() -> None:
+    rows = [{"prompt": str(k), "answer": str(k)} for k in range(100)]
+    checks = Checks(answer="answer", unusable=lambda rows: {k: f"it is {k}" for k in (70, 3)})
+    (problem,) = check_rows("x", rows, checks).problems
+    assert str(problem) == "2 rows: the answer cannot be read: of the first, it is 3 (rows 4, 71)"
+
+
 def test_lengths_kinds_and_categories() -> None:
     rows = [{"prompt": "a" * n, "n": n, "category": "even" if n % 2 == 0 else "odd"}
             for n in range(1, 102)]  # fmt: skip

@@ -21,7 +21,13 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from rlhf_lightning.rewards.workers import Outcome, WorkerPool, WorkerPoolError, usable_cpus
+from rlhf_lightning.rewards.workers import (
+    Outcome,
+    WorkerPool,
+    WorkerPoolError,
+    WorkerResult,
+    usable_cpus,
+)
 
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
@@ -331,6 +337,22 @@ def test_workers_end_with_close_and_with_the_pool() -> None:
     del pool
     gc.collect()
     assert wait_until_gone(pids) == []
+
+
+def test_close_does_not_wait_for_another_threads_call() -> None:
+    pool = WorkerPool("worker_tasks:late_echo", workers=1, timeout=20.0)
+    pool.map([[0, ""]])
+    found: list[WorkerResult] = []
+    thread = threading.Thread(target=lambda: found.extend(pool.map([[4.0, "done"]])))
+    thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 3.0
+    thread.join()
+    assert [result.value for result in found] == ["done"]
+    pool.close()
+    assert pool.pids == []
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, None])
