@@ -150,9 +150,10 @@ def ours(turn: Turn, size: str, precision: str, steps: int) -> None:
         make_tokenizer(vocab),
         policy_loss=PolicyLossConfig(aggregation="token"),
         kl=KLConfig(coef=0.0),
+        # TRL's default is the fused one; Lightning does not clip its gradients under autocast
         optimizer=lambda params: torch.optim.AdamW(
-            params, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        ),  # as TRL does by default
+            params, lr=LEARNING_RATE, weight_decay=0.0, fused=precision == "fp32"
+        ),
     )
     data = RolloutDataModule(
         Prompts(),

@@ -6,7 +6,7 @@ backward passes, clipping and the optimizer are work; all the rest of a phase is
 batches, advantages, loss, figures, logging, the Trainer. The overhead hardly depends on the model,
 so the curves use the small one.
 
-    python benchmarks/overhead.py --json outputs/bench/overhead.json --plot outputs/bench/overhead.png
+    python benchmarks/overhead.py --plot outputs/bench/overhead.png
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Turns(Callback):
 
 
 def measure(size: str, shape: dict[str, int], phases: int) -> dict[str, float]:
-    """Median CPU milliseconds of a phase by account, of the bare loop, and the share of overhead."""
+    """Median CPU milliseconds of a phase by account and of the bare loop, and shares."""
     vocab = SIZES[size]["vocab_size"]
     seed_everything(0, verbose=False)
     turns = Turns(BareLoop(size, shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -142,6 +143,12 @@ class GRPOModule(PolicyGradientModule):
         self.move_reference(batch.policy_version)
         trained = copy.copy(batch)
         trained.loss_mask = self._trained_tokens(batch)
+        if not trained.loss_mask.any():
+            warnings.warn(
+                "policy_loss.mask_truncated: the length limit ended every completion of a phase, so"
+                " it trains nothing. Raise sampling.max_new_tokens, or switch mask_truncated off",
+                stacklevel=2,
+            )
         penalised = self.kl.coef > 0 and self.kl.placement == "reward"
         if penalised or not self.single_update():
             batch.old_logprobs = self.rollout_logprobs(self.policy, trained, plan)

@@ -27,8 +27,9 @@ class SFTModule(BaseModule):
 
     Logged for each step, over all processes: ``train/loss``; ``train/mean_token_accuracy``, the
     share of marked tokens that are the model's most likely one; ``train/num_tokens``, all tokens
-    (prompts included, padding not) since training began. Once an epoch: the first two over all its
-    marked tokens, as ``train/loss_epoch`` and ``train/mean_token_accuracy_epoch``. Of held-out
+    (prompts included, padding not) since training began, and ``train/grad_norm``. Once an epoch: the
+    first two over all its marked tokens, as ``train/loss_epoch`` and
+    ``train/mean_token_accuracy_epoch``, and the mean ``train/grad_norm_epoch``. Of held-out
     rows: ``eval/loss``, ``eval/mean_token_accuracy`` and ``eval/num_tokens``, the held-out tokens.
 
     Args:
@@ -109,6 +110,11 @@ class SFTModule(BaseModule):
         for name, value in total.items():
             self.log(f"train/{name}", value / marked)
         self.log("train/num_tokens", float(self._num_tokens))
+
+    def log_gradient_norm(self, norm: Tensor) -> None:
+        """Log it as the loss is: of each step, and the mean of the epoch."""
+        self.phase_metrics.add("train/grad_norm_epoch", norm)
+        self.log("train/grad_norm", norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of tokens, without those of a step that a resumed run does again."""

@@ -13,6 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.cli.answers import Answers, Record
+from rlhf_lightning.cli.text import many
 from rlhf_lightning.core.seeding import derive_seed
 from rlhf_lightning.data.filters import describe, dropped
 from rlhf_lightning.data.prompts import EncodedPrompt, encode_prompts
@@ -180,9 +181,9 @@ def run(request: Request, engine: RolloutEngine, answers: Answers) -> None:
 
 
 def _report(prompts: int, wanted: int, missing: int, tokens: int, seconds: float) -> None:
-    line = f"{wanted} completions of {prompts} prompts"
+    line = f"{many(wanted, 'completion')} of {many(prompts, 'prompt')}"
     if missing < wanted:
-        line += f" ({wanted - missing} were there before)"
+        line += f" ({wanted - missing:,} of them there before)"
     if missing:
         line += f" in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
     sys.stderr.write(line + "\n")

@@ -102,6 +102,8 @@ def explain(message: str, error: BaseException | None) -> str:
         cause = _cause(text, texts, owner)
         if cause is not None:
             place = f"{'.'.join(where)}: " if where else ""
+            if where[-1:] == ["model"] and "/" in cause and not found:
+                found = "A folder or hub name goes to model.model, beside the class of the module"
             return f"{place}{cause} {found}".rstrip()
     return message
 

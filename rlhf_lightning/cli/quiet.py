@@ -11,6 +11,7 @@ _NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning with torch >= 2.10
     r"[\s\S]*JsonargparseDeprecationWarning[\s\S]*",  # Lightning with jsonargparse >= 4.49
     r"[\s\S]*deprecated in v4\.49\.0[\s\S]*",
+    r".*have no `val_dataloader`\. Skipping val loop.*",  # a recipe without validation means it
     r".*does not have many workers.*",  # rollouts come from no workers
     # BaseModule has summed these over the ranks before it logs them.
     r".*recommended to use `self.log\('(?:train|rollout|eval|test|time)/.*sync_dist=True.*",

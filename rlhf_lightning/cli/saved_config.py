@@ -20,20 +20,30 @@ class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` beside the logs, replacing the one of an earlier run.
 
     It holds every option, defaults too, but for secrets. Where a run goes on from a checkpoint, it
-    first says which options are not those of that file.
+    first says which options are not those of that file. A run whose model, data or checkpoint is
+    refused writes nothing.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
+        self._path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the configuration, unless it would land in the working directory."""
+        """Find the place, unless that is the working directory, and compare with what is there."""
+        self._path = None
         if stage != "fit":  # or it would replace the record of how the model was trained
             return
         if not trainer.loggers and Path(trainer.default_root_dir).resolve() == Path.cwd():
             return
-        self._folder = Path(trainer.log_dir or "")  # asks all processes, so not in save_config
-        super().setup(trainer, pl_module, stage)
+        self._path = Path(trainer.log_dir or "", self.config_filename)  # asks all processes
+        config = self._plain()
+        if trainer.is_global_zero and config.get("ckpt_path") and self._path.is_file():
+            _report_changes(self._path, config)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the configuration."""
+        if self._path is not None:
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file, whole or not at all.
@@ -41,10 +51,8 @@ class SaveConfig(SaveConfigCallback):
         Raises:
             OSError: naming the file, if it cannot be written.
         """
-        path = self._folder / self.config_filename
-        config = self._plain()
-        if config.get("ckpt_path") and path.is_file():
-            _report_changes(path, config)
+        assert self._path is not None
+        path, config = self._path, self._plain()
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.cli.outputs import check_file, check_folder
 from rlhf_lightning.cli.text import many, short_path
+from rlhf_lightning.core.graceful_stop import given_folder
 from rlhf_lightning.core.module import BaseModule
 from rlhf_lightning.data.resumable import ResumableDataModule
 from rlhf_lightning.data.rollout import RolloutDataModule
@@ -83,7 +84,7 @@ def check_outputs(trainer: Trainer) -> None:
         OSError: naming the option and the place.
     """
     for option, place in _outputs(trainer):
-        check = check_file if place.suffix else check_folder
+        check = check_file if option == "SampleLogger.path" else check_folder
         check(place, option)
 
 
@@ -96,6 +97,9 @@ def _outputs(trainer: Trainer) -> Iterator[tuple[str, Path]]:
             yield "SampleLogger.path", Path(callback.path)
         elif isinstance(callback, HFExport):
             yield "HFExport.folder", callback.folder.absolute().parent
+    root_is_used = not (trainer.loggers and given_folder(trainer))
+    if root_is_used and _is_local(trainer.default_root_dir):
+        yield "trainer.default_root_dir", Path(trainer.default_root_dir)
     for logger in trainer.loggers:
         if _is_local(logger.save_dir):
             yield f"{type(logger).__name__}.save_dir", Path(str(logger.save_dir))

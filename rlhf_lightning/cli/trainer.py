@@ -21,7 +21,7 @@ from rlhf_lightning.cli.messages import root
 from rlhf_lightning.cli.parser import PARSER_MODE, Parser, expand_rewards, public_classes
 from rlhf_lightning.cli.quiet import quieten
 from rlhf_lightning.cli.saved_config import SaveConfig, check_nothing_is_redacted
-from rlhf_lightning.cli.start import StartSummary
+from rlhf_lightning.cli.start import StartSummary, check_outputs
 from rlhf_lightning.core.graceful_stop import default_folder, given_folder
 from rlhf_lightning.core.watchdog import Watchdog
 from rlhf_lightning.events import RolloutCallback
@@ -180,10 +180,13 @@ class RLHFCLI(LightningCLI):
             raise FileNotFoundError(f"ckpt_path: there is no checkpoint {path!r}")
 
     def before_fit(self) -> None:
-        """Let ``last`` find what a stopped run has left where no folder for checkpoints is given.
+        """Refuse places that cannot be written, before loggers meet them.
 
+        Also let ``last`` find what a stopped run has left where no folder for checkpoints is given.
         Lightning looks beside the logs then, whose folder is another one in every run.
         """
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            check_outputs(self.trainer)
         options = self.config_init["fit"]
         left = Path(default_folder(self.trainer), "last.ckpt")
         if options.get("ckpt_path") == "last" and not given_folder(self.trainer) and left.is_file():

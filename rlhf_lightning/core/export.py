@@ -34,13 +34,15 @@ def prepare_export(folder: Path) -> None:
         earlier.rename(folder)
     for leftover in folder.parent.glob(f".export-{folder.name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, and an export is a folder. Give another name")
+    if not folder.exists() or not any(folder.iterdir()):
         return
     try:
         ours = {*json.loads((folder / MARKER).read_text(encoding="utf-8")), MARKER}
     except (OSError, ValueError):
         ours = set()
-    others = sorted(set(_files(folder)) - ours) if folder.is_dir() else [folder.name]
+    others = sorted(set(_files(folder)) - ours)
     if others:
         raise FileExistsError(
             f"{folder}: an export would replace this folder, and it holds files that are not of an"

@@ -22,7 +22,7 @@ class FiniteGuard(Callback):
     learning-rate schedule go on), so that runs of several processes and resumed runs stay in step.
     A warning names the step and the cause. The phase's figures are those of the steps that were
     taken, and ``train/skipped_steps`` counts the others; ``train/grad_norm`` is the mean norm of
-    the gradients before clipping.
+    the gradients before clipping (``SFTModule`` logs it for each step).
 
     Under ``16-mixed`` a gradient that overflows is how the scaler finds its scale: such steps are
     counted, but do not end the run while the scale can still fall.
@@ -88,7 +88,7 @@ class FiniteGuard(Callback):
             figures.rewind()
         else:
             self._consecutive = 0
-            figures.add("train/grad_norm", norm)
+            pl_module.log_gradient_norm(norm)  # type: ignore[operator]
         figures.count("train/skipped_steps", int(skipped and rank() == 0))
         self._bad_losses = torch.zeros_like(self._bad_losses)
 

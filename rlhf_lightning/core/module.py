@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.bookkeeping import Bookkeeper
@@ -115,6 +116,10 @@ class BaseModule(LightningModule):
                 f"{type(self).__name__} has no model yet: the Trainer loads it in configure_model()"
             )
         return self.policy.model
+
+    def log_gradient_norm(self, norm: Tensor) -> None:
+        """Log the norm of a step's gradients before clipping: here, as the mean of the phase."""
+        self.phase_metrics.add("train/grad_norm", norm)
 
     # Lightning's hooks
 

@@ -53,15 +53,30 @@ def read_checkpoint(
         return _checked(_read(path, map_location), path)
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such checkpoint.{_another(Path(path))}")
-    if Path(path).is_dir():
-        raise IsADirectoryError(
-            f"{path}: this is a folder, as sharded strategies write them; give one file"
-        )
+    refuse_folder(Path(path))
     try:
         _compare_checksums(Path(path))
         return _checked(_read(path, map_location), path)
     except ValueError as error:
         raise ValueError(f"{error}{_another(Path(path))}") from error
+
+
+def refuse_folder(path: Path) -> None:
+    """Tell someone who gave a folder which file to give.
+
+    Raises:
+        IsADirectoryError: if it is a folder, whether of checkpoints or sharded.
+    """
+    if not path.is_dir():
+        return
+    if any(path.glob("*.ckpt")):
+        raise IsADirectoryError(
+            f"{path}: this is a folder; give one checkpoint of it.{_another(path / '*', 'there')}"
+        )
+    raise IsADirectoryError(
+        f"{path}: this is a folder, as sharded strategies write them, and not one file. Make one of"
+        f" it with python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+    )
 
 
 def saved_step(path: Path) -> int | None:
@@ -127,7 +142,7 @@ def _listed(found: dict[Any, Any]) -> str:
     return f"a dictionary with {', '.join(names) or 'no keys'}{', ...' if len(found) > 3 else ''}"
 
 
-def _another(path: Path) -> str:
+def _another(path: Path, there: str = "beside it") -> str:
     """A sentence on the newest whole checkpoint in the same folder."""
     if not path.parent.is_dir():
         return ""
@@ -140,8 +155,8 @@ def _another(path: Path) -> str:
             continue
         step = saved_step(other)
         if step is not None:
-            return f" The newest whole checkpoint beside it is {other} (step {step})"
-    return " There is no whole checkpoint beside it"
+            return f" The newest whole checkpoint {there} is {other} (step {step})"
+    return f" There is no whole checkpoint {there}"
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -112,13 +112,9 @@ def read_policy(path: str | Path, base: str | None = None) -> SavedPolicy:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds code, is sharded or was written by another program.
+        IsADirectoryError: if it is a folder of checkpoints, or sharded.
+        ValueError: if it is damaged, holds code or was written by another program.
     """
-    if Path(path).is_dir():
-        raise ValueError(
-            f"{path}: this is a folder, as sharded strategies write them. Make one file of it with"
-            f" python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
     checkpoint = read_checkpoint(path)
     path = Path(path)
     about = checkpoint.get(CHECKPOINT_KEY)

@@ -15,7 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.core.completions import CATEGORY
 from rlhf_lightning.data.chat import ChatOptions, ChatRenderer
 from rlhf_lightning.data.filters import find_duplicates, is_empty
-from rlhf_lightning.data.formats import FORMATS, TRAINED, check_format, row_format
+from rlhf_lightning.data.formats import (
+    FORMATS,
+    TRAINED,
+    are_messages,
+    check_format,
+    row_format,
+    uncommon_roles,
+)
 from rlhf_lightning.data.mixture import MAX_CATEGORIES
 from rlhf_lightning.data.prompts import Row, encode_prompts
 from rlhf_lightning.data.sequences import encode_sequences
@@ -165,6 +172,8 @@ class _Inspection:
         report.format = formats.most_common(1)[0][0]
         self._columns()
         self._content()
+        for role, places in uncommon_roles(self.rows).items():
+            self._find(f"a message has the uncommon role {role[:40]!r}", places, is_problem=False)
         self._repetitions()
         self._control_tokens()
         self._answers()
@@ -365,25 +374,16 @@ def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "text" if value.strip() else "empty text"
     if isinstance(value, list):
-        return "messages" if _are_messages(value) else "list"
+        return "messages" if are_messages(value) else "list"
     names = {bool: "true or false", int: "whole number", float: "number", dict: "mapping"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and isinstance(value[0], dict)
-        and ("role" in value[0])
-    )
 
 
 def _characters(value: Any) -> int | None:
     """How long a text is, or all texts of messages are."""
     if isinstance(value, str):
         return len(value)
-    if not _are_messages(value):
+    if not are_messages(value):
         return None
     contents = (message.get("content") for message in value if isinstance(message, dict))
     return sum(len(text) for text in contents if isinstance(text, str))

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.check import Checks, DataReport, Finding, check_rows
 from rlhf_lightning.data.filters import REASONS, RowReport, find_missing_gold
+from rlhf_lightning.data.mixture import owners_of_rows
 from rlhf_lightning.data.prompts import PromptSource, Row, encode_prompts, load_rows
 from rlhf_lightning.data.rollout import RolloutDataModule
 from rlhf_lightning.data.sft import SFTDataModule
@@ -69,12 +70,15 @@ def _check(
         known = {finding.what for finding in report.problems}
         if not any(what in str(error) for what in known):
             report.findings.insert(0, Finding(str(error), []))
-        return report
+        outcome = {}
     report.findings += [
         Finding(REASONS[reason], places, is_problem=False)
         for reason, places in outcome.items()
         if places and reason != "inert_special_tokens"  # told already
     ]
+    owners = owners_of_rows(source, rows)
+    if owners and report.findings:
+        report.findings.append(Finding(owners, [], is_problem=False))
     return report
 
 

@@ -5,7 +5,7 @@ Source: TRL's documentation, "Dataset formats and types".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,9 @@ FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """TRL's data set formats and the columns that tell them apart, the most telling first."""
 
+COMMON_ROLES = frozenset({"assistant", "developer", "function", "system", "tool", "user"})
+"""The roles of messages that chat templates know, most of them not all."""
+
 
 def row_format(row: Mapping[str, Any]) -> str | None:
     """TRL's name of a row's format, None where its columns fit none.
@@ -35,6 +38,35 @@ def row_format(row: Mapping[str, Any]) -> str | None:
     """
     has = {name for name, value in row.items() if value is not None}
     return next((name for name, needs in FORMATS if has.issuperset(needs)), None)
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value looks like a list of messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and ("role" in value[0])
+    )
+
+
+def uncommon_roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Places of rows by a role of theirs that chat templates seldom know.
+
+    Most templates render such a message as it is or drop it, without a word.
+
+    >>> uncommon_roles([{"messages": [{"role": "asistant", "content": "Yes."}]}])
+    {'asistant': [0]}
+    """
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        messages = [m for value in row.values() if are_messages(value) for m in value]
+        roles = {
+            m["role"] for m in messages if isinstance(m, dict) and isinstance(m.get("role"), str)
+        }
+        for role in sorted(roles - COMMON_ROLES):
+            found.setdefault(role, []).append(place)
+    return found
 
 
 def check_format(row: Row, name: str) -> bool:

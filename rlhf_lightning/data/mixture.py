@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +77,36 @@ class PromptMixture(PromptSource):
                     )
                 rows.append({**row, CATEGORY: name})
         return rows
+
+
+def owners_of_rows(source: PromptSource, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which rows of a mixture, counted over all of it, are whose; empty for other sources.
+
+    Example:
+        >>> mixture = PromptMixture({"a": PromptFile("a.csv"), "b": PromptFile("b.csv")})
+        >>> owners_of_rows(mixture, [{"category": "a"}, {"category": "b"}, {"category": "b"}])
+        'rows 1 to 1 are of a, 2 to 3 of b'
+    """
+    if not isinstance(source, PromptMixture):
+        return ""
+    counts, end = Counter(row[CATEGORY] for row in rows), 0
+    spans: list[str] = []
+    for name in source.sources:
+        spans.append(f"{end + 1} to {end + counts[name]}{'' if spans else ' are'} of {name}")
+        end += counts[name]
+    return f"rows {', '.join(spans)}"
+
+
+@contextmanager
+def naming_owners(source: PromptSource, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield :func:`owners_of_rows`, and let a ``ValueError`` about rows end with it."""
+    owners = owners_of_rows(source, rows)
+    try:
+        yield owners
+    except ValueError as error:
+        if owners and type(error) is ValueError:
+            error.args = (f"{error} ({owners})",)
+        raise
 
 
 def find_categories(rows: Sequence[Mapping[str, Any]], name: str) -> frozenset[str]:

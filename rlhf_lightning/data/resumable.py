@@ -105,9 +105,19 @@ class ResumableDataModule(LightningDataModule):
         """The same as validation."""
         return self.val_dataloader()
 
-    def report_rows(self, what: str, rows: int, report: RowReport) -> None:
-        """Print how many rows were left out or changed, which, and why."""
-        for line in describe(what, rows, report):
+    def report_rows(self, what: str, rows: int, report: RowReport, owners: str = "") -> None:
+        """Print how many rows were left out or changed, which, and why.
+
+        Args:
+            what: they are.
+            rows: how many there are.
+            report: what happened to them.
+            owners: which rows are of which source, where there are several.
+        """
+        lines = describe(what, rows, report)
+        if lines and owners:
+            lines.append(f"{what}: {owners}")
+        for line in lines:
             self._module.print(line)
 
     def sizes(self) -> dict[str, str]:

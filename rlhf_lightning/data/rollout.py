@@ -18,7 +18,7 @@ from rlhf_lightning.data.chat import ChatOptions
 from rlhf_lightning.data.collection import PhaseCollector
 from rlhf_lightning.data.filters import PromptFilters, RowReport, find_missing_gold
 from rlhf_lightning.data.held_out import HeldOutLoader, ValidationConfig
-from rlhf_lightning.data.mixture import find_categories
+from rlhf_lightning.data.mixture import find_categories, naming_owners
 from rlhf_lightning.data.phase import Phase, PhaseConfig, plan_updates, step_denominators
 from rlhf_lightning.data.prompts import EncodedPrompt, PromptSource, encode_prompts, load_rows
 from rlhf_lightning.data.resumable import ResumableDataModule
@@ -99,6 +99,7 @@ class RolloutDataModule(ResumableDataModule):
         if validation is None:
             self.without_validation()
         self._encoded: dict[str, list[EncodedPrompt]] = {}
+        self._sources: dict[str, PromptSource] = {}
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._left_out: dict[str, RowReport] = {}
         self._categories: dict[str, frozenset[str]] = {}
@@ -153,12 +154,13 @@ class RolloutDataModule(ResumableDataModule):
         rows = load_rows(source, name)
         columns = dict.fromkeys(column for row in rows for column in row)
         rows = [{c: row.get(c) for c in columns if c != "prompt" or c in row} for row in rows]
-        self._rows[kind] = rows
+        self._rows[kind], self._sources[kind] = rows, source
         self._categories[kind] = find_categories(rows, name)
         judged = [reward_columns(row) for row in rows]
-        self._left_out[kind] = find_missing_gold(
-            judged, self.filters, self.rewards.unusable_rows, name
-        )
+        with naming_owners(source, rows):
+            self._left_out[kind] = find_missing_gold(
+                judged, self.filters, self.rewards.unusable_rows, name
+            )
 
     def micro_batches_per_epoch(self) -> int:
         """Micro-batches in a phase: update epochs x steps x accumulation."""
@@ -180,16 +182,18 @@ class RolloutDataModule(ResumableDataModule):
     def _encode(self, kind: str, sampling: SamplingParams) -> list[EncodedPrompt]:
         """The prompts as token ids, checked against the model's context. Done once."""
         if kind not in self._encoded:
-            self._encoded[kind], report = encode_prompts(
-                self._rows[kind],
-                self.tokenizer,
-                filters=self.filters,
-                context_length=context_length(self._module.language_model),
-                max_new_tokens=sampling.max_new_tokens,
-                left_out=self._left_out[kind],
-                chat=self.chat,
-            )
-            self.report_rows(f"{kind} prompts", len(self._rows[kind]), report)
+            rows = self._rows[kind]
+            with naming_owners(self._sources[kind], rows) as owners:
+                self._encoded[kind], report = encode_prompts(
+                    rows,
+                    self.tokenizer,
+                    filters=self.filters,
+                    context_length=context_length(self._module.language_model),
+                    max_new_tokens=sampling.max_new_tokens,
+                    left_out=self._left_out[kind],
+                    chat=self.chat,
+                )
+            self.report_rows(f"{kind} prompts", len(rows), report, owners)
         return self._encoded[kind]
 
     # Training: a phase

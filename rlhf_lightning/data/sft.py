@@ -16,7 +16,12 @@ from rlhf_lightning.data.batching import check_token_budget, cut_micro_batches
 from rlhf_lightning.data.chat import ChatOptions, EncodedSequence
 from rlhf_lightning.data.filters import RowReport, dropped
 from rlhf_lightning.data.held_out import HeldOutLoader
-from rlhf_lightning.data.mixture import check_unweighted, members_by_category, weighted_epoch
+from rlhf_lightning.data.mixture import (
+    check_unweighted,
+    members_by_category,
+    naming_owners,
+    weighted_epoch,
+)
 from rlhf_lightning.data.prompts import PromptSource, Row, load_rows
 from rlhf_lightning.data.resumable import ResumableDataModule
 from rlhf_lightning.data.sequences import encode_sequences
@@ -145,8 +150,11 @@ class SFTDataModule(ResumableDataModule):
         """The rows as token ids and loss masks. Done once."""
         if kind not in self._encoded:
             rows, context = self._rows[kind], context_length(self._module.language_model)
-            self._encoded[kind], report = self.encode(rows, self.tokenizer, context)
-            self.report_rows(f"{kind} rows", len(rows), report)
+            source = self.dataset if kind == "train" else self.validation
+            assert source is not None
+            with naming_owners(source, rows) as owners:
+                self._encoded[kind], report = self.encode(rows, self.tokenizer, context)
+            self.report_rows(f"{kind} rows", len(rows), report, owners)
             if kind == "train":
                 left_out = dropped(report)
                 kept = [row for k, row in enumerate(rows) if k not in left_out]

@@ -259,7 +259,7 @@ class Evaluation:
                 f" max_masked_fraction={self.policy.max_masked_fraction:g} allows. The last {what}"
             )
         return RewardError(
-            f"reward function {self.name!r} {what}. Mend it, or set the reward policy's on_error to"
+            f"reward function {self.name!r} {what}. Mend it, or set reward_policy.on_error to"
             " 'mask' to leave such samples without a score"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -16,9 +17,10 @@ from rlhf_lightning.types import RewardResult, Verdict
 MAX_SCORE = 1e18
 """Larger scores are refused: their square, in a variance, would overflow float32."""
 
-_RESERVED = frozenset(
+RESERVED = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
+"""What a reward function may ask for beside the data set's columns."""
 
 
 class RewardError(RuntimeError):
@@ -40,19 +42,30 @@ def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
     if isinstance(function, str):
         module, _, name = function.replace(":", ".").rpartition(".")
         if not module or not name:
-            raise ValueError(f"reward {function!r} must be a path such as 'my_package.my_function'")
+            known = vars(importlib.import_module(__package__))
+            hint = _nearest(name, (n for n in known if n != name and not n.startswith("_")))
+            raise ValueError(
+                f"reward {function!r} must be a path such as 'my_package.my_function'{hint}"
+            )
         try:
-            found = getattr(importlib.import_module(module), name)
+            place = importlib.import_module(module)
         except ImportError as error:
             raise ValueError(f"reward {function!r}: cannot import {module!r} ({error})") from error
-        except AttributeError as error:
-            raise ValueError(f"reward {function!r}: {module!r} has no {name!r}") from error
+        if not hasattr(place, name):
+            hint = _nearest(name, (n for n in vars(place) if not n.startswith("_")))
+            raise ValueError(f"reward {function!r}: {module!r} has no {name!r}{hint}")
+        found = getattr(place, name)
     if isinstance(found, type):
         raise TypeError(f"reward {function!r} is a class; give an instance of it")
     if not callable(found):
         raise TypeError(f"reward {function!r} is a {type(found).__name__}, not a function")
     result: Callable[..., Any] = found
     return result
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f". Did you mean {near[0]}?" if near else ""
 
 
 def _unwrap(function: Any) -> Any:
@@ -98,7 +111,7 @@ def accepted(
         return dict(arguments)
     missing = missing_columns(function, arguments)
     if missing:
-        columns = sorted(set(arguments) - _RESERVED)
+        columns = sorted(set(arguments) - RESERVED)
         raise RewardError(
             f"reward function {name!r} needs {missing}, which are not among the columns {columns}"
         )
@@ -113,7 +126,7 @@ def missing_columns(function: Callable[..., Any], names: Iterable[str]) -> list[
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return []
-    known = _RESERVED.union(names)
+    known = RESERVED.union(names)
     return [
         p.name
         for p in parameters

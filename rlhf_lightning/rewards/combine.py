@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_lightning.rewards._calls import EventLoop
 from rlhf_lightning.rewards._evaluation import Evaluation, RewardPolicy
 from rlhf_lightning.rewards._scores import (
+    RESERVED,
     RewardError,
     missing_columns,
     resolve,
@@ -144,8 +145,9 @@ class RewardCombiner:
             missing = missing_columns(function, rows[0]) if rows else []
             if missing:
                 raise ValueError(
-                    f"reward function {name!r} needs {missing}, which are not among the data set's"
-                    f" columns {sorted(rows[0])}"
+                    f"reward function {name!r} needs {missing}, which are neither among the data"
+                    f" set's columns {sorted(rows[0])} nor among what all functions may ask for,"
+                    f" {sorted(RESERVED)}"
                 )
             if hasattr(function, "unusable_rows"):
                 found |= function.unusable_rows(rows)

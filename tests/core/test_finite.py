@@ -87,8 +87,9 @@ def test_a_step_that_is_not_finite_changes_nothing(
     figures = trainer.callback_metrics
     assert figures["train/skipped_steps"] == 1
     assert torch.isfinite(figures["train/loss_epoch"])
+    assert float(figures["train/grad_norm"]) == pytest.approx(watch.norms[-1], rel=1e-6)
     norms = [norm for i, norm in enumerate(watch.norms) if i != 2]
-    assert float(figures["train/grad_norm"]) == pytest.approx(sum(norms) / 5, rel=1e-6)
+    assert float(figures["train/grad_norm_epoch"]) == pytest.approx(sum(norms) / 5, rel=1e-6)
 
 
 def test_figures_are_those_of_the_steps_that_were_taken(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_run_that_was_ended_goes_on_where_the_good_steps_ended(tmp_path: Path)
     assert len(watch.weights) == 9
     for mine, theirs in zip(watch.weights, whole[1].weights[3:], strict=True):
         assert torch.equal(mine, theirs)
-    for name in ("train/skipped_steps", "train/loss_epoch", "train/grad_norm"):
+    for name in ("train/skipped_steps", "train/loss_epoch", "train/grad_norm_epoch"):
         assert again.callback_metrics[name] == whole[0].callback_metrics[name]
 
 

@@ -172,7 +172,7 @@ def test_foreign_checkpoints_are_refused(
 
 
 def test_a_sharded_checkpoint_is_named_as_such(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="consolidate_checkpoint"):
+    with pytest.raises(IsADirectoryError, match="consolidate_checkpoint"):
         read_policy(tmp_path)
 
 

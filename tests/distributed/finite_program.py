@@ -56,7 +56,7 @@ class Figures(Callback):
     """Keeps the figures of each epoch."""
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        names = ("train/skipped_steps", "train/grad_norm", "train/loss_epoch")
+        names = ("train/skipped_steps", "train/grad_norm_epoch", "train/loss_epoch")
         FIGURES.append({name: float(trainer.callback_metrics[name]) for name in names})
 
 

@@ -69,7 +69,8 @@ def run(folder: Path, *arguments: object, devices: int = 2) -> Outcome:
 
 def assert_exact(folder: Path, place: str, where: str = "") -> None:
     """The run that was stopped in ``folder`` goes on to the end of the whole one."""
-    run(folder / "whole", place, "none", 0)
+    uninterrupted = run(folder / "whole", place, "none", 0)
+    assert uninterrupted.status == 0, uninterrupted.last_line
     checkpoint = folder / "checkpoints" / "last.ckpt"
     resumed = run(folder, place, "none", 0, checkpoint)
     assert resumed.status == 0, resumed.last_line
