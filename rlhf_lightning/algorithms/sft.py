@@ -27,10 +27,10 @@ class SFTModule(BaseModule):
 
     Logged for each step, over all processes: ``train/loss``; ``train/mean_token_accuracy``, the
     share of marked tokens that are the model's most likely one; ``train/num_tokens``, all tokens
-    (prompts included, padding not) since training began, and ``train/grad_norm``. Once an epoch: the
-    first two over all its marked tokens, as ``train/loss_epoch`` and
-    ``train/mean_token_accuracy_epoch``, and the mean ``train/grad_norm_epoch``. Of held-out
-    rows: ``eval/loss``, ``eval/mean_token_accuracy`` and ``eval/num_tokens``, the held-out tokens.
+    (prompts included, padding not) since training began; and ``train/grad_norm``. Once an epoch:
+    the first two over all its marked tokens, as ``train/loss_epoch`` and
+    ``train/mean_token_accuracy_epoch``, and the mean ``train/grad_norm_epoch``. Of held-out rows:
+    ``eval/loss``, ``eval/mean_token_accuracy`` and ``eval/num_tokens``, the held-out tokens.
 
     Args:
         model: a hub name, a folder, a ``ModelConfig`` (or a mapping of its fields), or a model.

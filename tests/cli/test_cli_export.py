@@ -73,7 +73,7 @@ REFUSED = [
     ([], "--ckpt, --output"),
     (["--ckpt", "no.ckpt", "--output", "model"], "no.ckpt: there is no such checkpoint"),
     (["--ckpt", "text.ckpt", "--output", "model"], "text.ckpt: this is no checkpoint"),
-    (["--ckpt", ".", "--output", "model"], "consolidate_checkpoint"),
+    (["--ckpt", ".", "--output", "model"], "give one checkpoint of it. The newest whole"),
     (["--ckpt", "no.ckpt", "--output", "text.ckpt/model"], "text.ckpt cannot be written to"),
     (["--ckpt", "http://x/y.ckpt", "--output", "model"], "not read from the web"),
     (["--ckpt", "no.ckpt", "--output", "model", "--dtype", "int8"], "invalid choice: 'int8'"),
