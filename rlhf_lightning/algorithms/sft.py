@@ -111,10 +111,11 @@ class SFTModule(BaseModule):
             self.log(f"train/{name}", value / marked)
         self.log("train/num_tokens", float(self._num_tokens))
 
-    def log_gradient_norm(self, norm: Tensor) -> None:
-        """Log it as the loss is: of each step, and the mean of the epoch."""
-        self.phase_metrics.add("train/grad_norm_epoch", norm)
-        self.log("train/grad_norm", norm)
+    def log_gradient_norm(self, norm: Tensor | None) -> None:
+        """Log it as the loss is: of each step (0 if it is skipped), and the mean of the epoch."""
+        if norm is not None:
+            self.phase_metrics.add("train/grad_norm_epoch", norm)
+        self.log("train/grad_norm", 0.0 if norm is None else norm)  # or the last one would stay
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of tokens, without those of a step that a resumed run does again."""

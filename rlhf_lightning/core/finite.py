@@ -88,7 +88,7 @@ class FiniteGuard(Callback):
             figures.rewind()
         else:
             self._consecutive = 0
-            pl_module.log_gradient_norm(norm)  # type: ignore[operator]
+        pl_module.log_gradient_norm(None if skipped else norm)  # type: ignore[operator]
         figures.count("train/skipped_steps", int(skipped and rank() == 0))
         self._bad_losses = torch.zeros_like(self._bad_losses)
 

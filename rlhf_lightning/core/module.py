@@ -117,9 +117,14 @@ class BaseModule(LightningModule):
             )
         return self.policy.model
 
-    def log_gradient_norm(self, norm: Tensor) -> None:
-        """Log the norm of a step's gradients before clipping: here, as the mean of the phase."""
-        self.phase_metrics.add("train/grad_norm", norm)
+    def log_gradient_norm(self, norm: Tensor | None) -> None:
+        """Log the norm of a step's gradients before clipping: here, as the mean of the phase.
+
+        Args:
+            norm: a number; None where the step is skipped.
+        """
+        if norm is not None:
+            self.phase_metrics.add("train/grad_norm", norm)
 
     # Lightning's hooks
 

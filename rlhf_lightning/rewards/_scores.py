@@ -43,7 +43,7 @@ def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
         module, _, name = function.replace(":", ".").rpartition(".")
         if not module or not name:
             known = vars(importlib.import_module(__package__))
-            hint = _nearest(name, (n for n in known if n != name and not n.startswith("_")))
+            hint = f", or the object {name} itself" if name in known else _nearest(name, known)
             raise ValueError(
                 f"reward {function!r} must be a path such as 'my_package.my_function'{hint}"
             )
@@ -52,8 +52,9 @@ def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
         except ImportError as error:
             raise ValueError(f"reward {function!r}: cannot import {module!r} ({error})") from error
         if not hasattr(place, name):
-            hint = _nearest(name, (n for n in vars(place) if not n.startswith("_")))
-            raise ValueError(f"reward {function!r}: {module!r} has no {name!r}{hint}")
+            raise ValueError(
+                f"reward {function!r}: {module!r} has no {name!r}{_nearest(name, vars(place))}"
+            )
         found = getattr(place, name)
     if isinstance(found, type):
         raise TypeError(f"reward {function!r} is a class; give an instance of it")
@@ -64,7 +65,7 @@ def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, [k for k in known if not k.startswith("_")], n=1)
     return f". Did you mean {near[0]}?" if near else ""
 
 

@@ -141,7 +141,8 @@ def test_where_everything_was_truncated_the_loss_is_0_and_nothing_moves(
     how = {"aggregation": aggregation, "mask_truncated": True, "entropy_coef": 0.1}
     module = grpo(policy_loss=how, optimizer=sgd)
     data = rollouts(engine=Parrot(truncated=1.0), rewards=[ragged])
-    _, phases = run(tmp_path, module, data, callbacks=[Watch()], accumulate_grad_batches=2)
+    with pytest.warns(UserWarning, match=r"it trains nothing\. Raise sampling\.max_new_tokens"):
+        _, phases = run(tmp_path, module, data, callbacks=[Watch()], accumulate_grad_batches=2)
     assert phases.losses == [0.0] * 4
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
     (figures,) = phases.figures

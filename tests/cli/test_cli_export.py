@@ -54,6 +54,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else(
     export("--ckpt", checkpoint, "--output", "model")
     export("--ckpt", checkpoint, "--output", "model", "--dtype", "bfloat16")
     assert json.loads(Path("model/config.json").read_text())["dtype"] == "bfloat16"
+    assert "model/config.json is a file" in refusal(
+        capsys, "--ckpt", checkpoint, "--output", "model/config.json"
+    )
     Path("model/notes.txt").write_text("mine")
     assert "notes.txt" in refusal(capsys, "--ckpt", checkpoint, "--output", "model")
     assert Path("model/notes.txt").read_text() == "mine"
@@ -73,7 +76,7 @@ REFUSED = [
     ([], "--ckpt, --output"),
     (["--ckpt", "no.ckpt", "--output", "model"], "no.ckpt: there is no such checkpoint"),
     (["--ckpt", "text.ckpt", "--output", "model"], "text.ckpt: this is no checkpoint"),
-    (["--ckpt", ".", "--output", "model"], "give one checkpoint of it. The newest whole"),
+    (["--ckpt", ".", "--output", "model"], "give one checkpoint of it"),
     (["--ckpt", "no.ckpt", "--output", "text.ckpt/model"], "text.ckpt cannot be written to"),
     (["--ckpt", "http://x/y.ckpt", "--output", "model"], "not read from the web"),
     (["--ckpt", "no.ckpt", "--output", "model", "--dtype", "int8"], "invalid choice: 'int8'"),

@@ -136,7 +136,19 @@ def test_logs_that_cannot_be_written(
 ) -> None:
     Path("file").write_text("in the way")
     flags = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=file/logs"]
-    assert "file/logs" in refusal(capsys, ["fit", "--config", grpo_file, *flags], monkeypatch)
+    said = refusal(capsys, ["fit", "--config", grpo_file, *flags], monkeypatch)
+    assert "CSVLogger.save_dir: file/logs cannot be written to" in said
+    flags = ["--trainer.default_root_dir=file/root"]
+    said = refusal(capsys, ["fit", "--config", grpo_file, *flags], monkeypatch)
+    assert "trainer.default_root_dir: " in said
+
+
+def test_folders_may_have_a_dot_in_their_name(grpo_file: str) -> None:
+    flags = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+    flags += ["--trainer.callbacks.dirpath=qwen2.5", "--trainer.max_epochs=1"]
+    for _ in range(2):  # the second run finds the folder
+        assert main(["fit", "--config", grpo_file, *flags]) == 0
+    assert list(Path("qwen2.5").glob("*.ckpt"))
 
 
 SIZES = [

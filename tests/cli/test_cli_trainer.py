@@ -40,6 +40,7 @@ TYPOS = [
     (["--model.model.dtpe=x"], "no option dtpe of ModelConfig. Did you mean: dtype?"),
     (["--model=GRPOModul"], "no class or function 'GRPOModul' for it. Did you mean: GRPOModule?"),
     (["--model=rlhf_lightning.algorithms.GRPOModul"], "Did you mean: GRPOModule?"),
+    (["--model=Qwen/Qwen3"], "'Qwen/Qwen3' for it. A folder or hub name goes to model.model"),
     (["--data=RolloutDataModul"], "Did you mean: RolloutDataModule?"),
     (["--data.sampling.temperture=1"], "no option temperture of SamplingParams. Did you mean: tem"),
     (["--data.prompts.splitt=x"], "no option splitt of ArithmeticPrompts. Did you mean: split?"),
@@ -214,6 +215,18 @@ def test_configuration_is_kept_beside_the_logs_and_replaced(grpo_file: str) -> N
     assert yaml.safe_load(Path("kept/config.yaml").read_text())["trainer"]["max_epochs"] == 2
 
 
+def test_a_refused_run_leaves_the_configuration_as_it_is(
+    grpo_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["fit", "--config", grpo_file, "--trainer.default_root_dir=kept"]
+    run_trainer(flags)
+    before = Path("kept/config.yaml").read_bytes()
+    Path("text.ckpt").write_text("not a checkpoint")
+    refusal([*flags, "--ckpt_path=text.ckpt", "--model.kl.coef=0.5"], capsys)
+    refusal([*flags, "--trainer.accumulate_grad_batches=5"], capsys)
+    assert Path("kept/config.yaml").read_bytes() == before
+
+
 CONSTRUCTION = [
     (["--data.sampling.temperature=0"], "sampling.temperature is 0"),
     (["--data.phase.steps=3"], "phase.steps is 3"),
@@ -221,7 +234,7 @@ CONSTRUCTION = [
     (["--model.model=./nowhere"], "'./nowhere', which is not a folder"),
     (["--trainer.max_steps=3"], "with both"),
     (["--data.rewards=[math.sqrtt]"], "sqrtt"),
-    (["--data.rewards=[MathRewrd]"], "MathRewrd"),
+    (["--data.rewards=[MathRewrd]"], "Did you mean MathReward?"),
     (["--trainer.accelerator=gpu"], "gpu"),
 ]
 

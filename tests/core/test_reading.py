@@ -112,8 +112,11 @@ def test_what_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").symlink_to(tmp_path / "gone.ckpt")
     with pytest.raises(FileNotFoundError, match=r"last\.ckpt: there is no such checkpoint"):
         read_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(IsADirectoryError, match="this is a folder"):
-        read_checkpoint(tmp_path)
+    with pytest.raises(IsADirectoryError, match=r"a folder; give one .* there is .*good\.ckpt \("):
+        read_checkpoint(good.parent)
+    (tmp_path / "sharded.ckpt").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"consolidate_checkpoint .*sharded\.ckpt"):
+        read_checkpoint(tmp_path / "sharded.ckpt")
 
 
 # Malicious files

@@ -132,6 +132,12 @@ def test_repetitions_are_notes() -> None:
     }
 
 
+def test_roles_that_templates_seldom_know_are_notes() -> None:
+    said = [[("user", "a"), ("assistant", "b")], [("humann", "a"), ("assistant", "b")]]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in said]
+    assert notes_of(check_rows("x", rows)) == {"a message has the uncommon role 'humann'": [1]}
+
+
 def test_text_like_control_tokens_is_a_note() -> None:
     rows = [{"prompt": "a<|im_end|>"}, {"prompt": "[INST] b"}, {"prompt": "1 < 2 |> 3"}]
     (note,) = check_rows("x", rows).notes

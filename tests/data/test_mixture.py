@@ -14,7 +14,12 @@ from lightning.pytorch import Callback
 from tiny import Sums, grpo, quiet_trainer, rollouts, sequences, sft
 
 from rlhf_lightning.data import PromptMixture, PromptSource, SFTDataModule, ValidationConfig
-from rlhf_lightning.data.mixture import find_categories, members_by_category, weighted_epoch
+from rlhf_lightning.data.mixture import (
+    find_categories,
+    members_by_category,
+    owners_of_rows,
+    weighted_epoch,
+)
 
 
 class Rows(PromptSource):
@@ -143,6 +148,26 @@ def test_a_category_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, max_epochs=1).fit(
             sft(), sequences(dataset=mixture, too_long="drop")
         )
+
+
+# Rows are counted over all sources
+
+
+def test_whose_rows_are_whose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = Rows({"prompt": "1+" * 40, "completion": "1"})
+    mixture = PromptMixture({"small": Sums(3), "large": Sums(40), "long": long})
+    owners = "rows 1 to 3 are of small, 4 to 43 of large, 44 to 44 of long"
+    assert owners_of_rows(mixture, mixture.load()) == owners
+    assert not owners_of_rows(Sums(3), Sums(3).load())
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    for module, data in (
+        (grpo(), lambda how: rollouts(prompts=mixture, filters={"too_long": how})),
+        (sft(), lambda how: sequences(dataset=mixture, too_long=how)),
+    ):
+        with pytest.raises(ValueError, match=rf"\(row 44\) are longer .*\({owners}\)$"):
+            trainer.fit(module, data("error"))
+        trainer.fit(module, data("drop"))
+        assert owners in capsys.readouterr().out
 
 
 # Figures by category

@@ -92,8 +92,8 @@ class InUpdate(Callback):
         self.fault = fault
 
     def on_fit_start(self, trainer: Any, *args: Any) -> None:
-        """A short timeout, but not before all processes have started."""
-        if trainer.world_size > 1:
+        """A short timeout where a fault is due, but not before all processes have started."""
+        if trainer.world_size > 1 and self.fault.fault != "none":
             short = timedelta(seconds=TIMEOUT)
             torch.distributed.distributed_c10d._set_pg_timeout(short)
             trainer.strategy._timeout = short

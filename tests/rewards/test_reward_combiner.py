@@ -201,6 +201,13 @@ def test_names_are_those_of_trl_and_unique() -> None:
         ({"functions": ["sqrt"]}, ValueError, "must be a path such as"),
         ({"functions": ["no_such_package.f"]}, ValueError, "cannot import 'no_such_package'"),
         ({"functions": ["math.cuberoot"]}, ValueError, "'math' has no 'cuberoot'"),
+        ({"functions": ["math.sqrtt"]}, ValueError, r"has no 'sqrtt'\. Did you mean sqrt\?"),
+        ({"functions": ["MathRewrd"]}, ValueError, r"my_function'\. Did you mean MathReward\?"),
+        (
+            {"functions": ["MathReward"]},
+            ValueError,
+            "my_function', or the object MathReward itself",
+        ),
         ({"functions": [length], "weights": [1, 2]}, ValueError, "2 values for 1 reward functions"),
         ({"functions": [length], "weights": [math.nan]}, ValueError, "must be finite"),
     ],
@@ -227,7 +234,9 @@ def test_rows_are_checked_before_anything_runs() -> None:
 
     combiner = RewardCombiner([length, needs, MathReward(gold="answer")])
     assert combiner.unusable_rows([{"level": 1, "answer": "5"}]) == {}
-    with pytest.raises(ValueError, match=r"'needs' needs \['level'\].*\['answer', 'prompt'\]"):
+    with pytest.raises(
+        ValueError, match=r"'needs' needs \['level'\].*\['answer', 'prompt'\].*'comp"
+    ):
         combiner.unusable_rows([{"answer": "5", "prompt": "?"}])
     rows = [{"level": 1, "answer": "5"}, {"level": 1, "answer": ""}]
     assert combiner.unusable_rows(rows) == {1: "its 'answer', '', is empty"}
