@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf_lightning.cli.parser import PARSER_MODE, Parser, expand_rewards, publi
 from rlhf_lightning.cli.quiet import quieten
 from rlhf_lightning.cli.saved_config import SaveConfig, check_nothing_is_redacted
 from rlhf_lightning.cli.start import StartSummary, check_outputs
+from rlhf_lightning.cli.yaml_files import read_yaml
 from rlhf_lightning.core.graceful_stop import default_folder, given_folder
 from rlhf_lightning.core.watchdog import Watchdog
 from rlhf_lightning.events import RolloutCallback
@@ -153,6 +155,8 @@ class RLHFCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse. Unlike Lightning's, without a warning that ``sys.argv`` has arguments as well."""
         arguments, addressed = take_addressed(args)
+        for path in _config_files(arguments):
+            read_yaml(path)  # jsonargparse does not say which file it cannot read
         self.config = parser.parse_args(arguments)
         if addressed:
             listed = self.config[self.config.subcommand].trainer.callbacks
@@ -211,6 +215,15 @@ class RLHFCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.check_only:
             super()._run_subcommand(subcommand)
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    """The files of ``--config FILE`` and ``--config=FILE`` that exist."""
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = flag.partition("=")
+        path = value if equals else following
+        if option in ("-c", "--config") and os.path.isfile(path):  # it may be YAML text as well
+            yield Path(path)
 
 
 def run_trainer(arguments: Sequence[str], callbacks: Sequence[Callback] = ()) -> RLHFCLI:

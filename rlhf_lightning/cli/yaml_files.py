@@ -68,10 +68,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: this is no valid YAML: {error}") from error
+        raise ValueError(f"{path}: this is no valid YAML: {_reason(error)}") from error
+    if content is None:
+        raise ValueError(f"{path}: the file is empty")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: it must hold a mapping, not {type(content).__name__}")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong and in which line, in one line of text."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        what = f"{error.problem}, {error.context}" if error.context else str(error.problem)
+        return f"line {error.problem_mark.line + 1}: {what}"
+    return str(error)
 
 
 def dump_yaml(content: Any) -> str:

@@ -83,6 +83,7 @@ def owners_of_rows(source: PromptSource, rows: Sequence[Mapping[str, Any]]) -> s
     """Which rows of a mixture, counted over all of it, are whose; empty for other sources.
 
     Example:
+        >>> from rlhf_lightning import PromptFile
         >>> mixture = PromptMixture({"a": PromptFile("a.csv"), "b": PromptFile("b.csv")})
         >>> owners_of_rows(mixture, [{"category": "a"}, {"category": "b"}, {"category": "b"}])
         'rows 1 to 1 are of a, 2 to 3 of b'

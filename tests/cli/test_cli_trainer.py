@@ -215,6 +215,23 @@ def test_configuration_is_kept_beside_the_logs_and_replaced(grpo_file: str) -> N
     assert yaml.safe_load(Path("kept/config.yaml").read_text())["trainer"]["max_epochs"] == 2
 
 
+FILES = [
+    ("", "odd.yaml: the file is empty"),
+    ("- 1", "odd.yaml: it must hold a mapping, not list"),
+    ("a: 1\nb: {c: 1\n", "odd.yaml: this is no valid YAML: line 3: expected ',' or '}'"),
+    ("a: 1\na: 2\n", "odd.yaml: this is no valid YAML: the key 'a' stands in lines 1 and 2"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FILES, ids=[message for _, message in FILES])
+@pytest.mark.parametrize("flags", [["--config=odd.yaml"], ["--config", "odd.yaml"]])
+def test_files_that_are_no_configuration(
+    flags: list[str], text: str, message: str, grpo_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("odd.yaml").write_text(text)
+    assert message in refusal(["fit", "--config", grpo_file, *flags], capsys)
+
+
 def test_a_refused_run_leaves_the_configuration_as_it_is(
     grpo_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
