@@ -384,6 +384,7 @@ def test_async_functions_wait_together_also_inside_a_running_loop() -> None:
     assert asyncio.run(on_a_loop()).values.tolist() == [[2.0, 3.0, 2.0, 1.0, 2.0]]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_async_functions_may_keep_things_bound_to_their_loop() -> None:
     class Client:
         lock: asyncio.Lock | None = None
