@@ -219,8 +219,13 @@ def test_ctrl_c_is_the_same_with_a_status_of_its_own(tmp_path: Path) -> None:
     trainer = quiet_trainer(
         tmp_path, max_epochs=3, callbacks=[SignalAt("on_train_batch_start", 1, signal.SIGINT)]
     )
-    with pytest.raises(Stopped) as stopped:
-        trainer.fit(grpo(), rollouts())
+    # a shell's background jobs, and so these tests in one, are told to ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Stopped) as stopped:
+            trainer.fit(grpo(), rollouts())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == trainer.global_step == 1
